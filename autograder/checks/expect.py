@@ -1,0 +1,160 @@
+"""Comparisons that teach: each raises `CheckFailed` with what was wrong, what was expected and the likely cause."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from autograder.checks import CheckFailed
+from autograder.submission.client import StudentError
+
+__all__ = ["close", "fail", "noise", "raises_value_error", "same", "tensor", "tensors"]
+
+# A correct submission fails a statistical comparison once in a billion: |z| < 6.1 for a normal variable.
+Z = 6.1
+
+
+def fail(message: str) -> None:
+    """Fail the check with a hint."""
+    raise CheckFailed(message)
+
+
+def tensor(value: Any, what: str, shape: tuple[int, ...] | None = None, dtype: torch.dtype | None = None) -> Tensor:
+    """The value as a tensor, if it is one (or a number, for shape ()) of that shape and dtype, and finite.
+
+    Raises:
+        CheckFailed: otherwise.
+    """
+    if value is None:
+        fail(f"{what} is None: is a `return` missing?")
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        value = torch.tensor(value, dtype=torch.float64)
+    if not isinstance(value, Tensor):
+        kind = {list: "a list (or tuple)", dict: "a dict", str: "a string"}.get(type(value), f"a {type(value).__name__}")
+        fail(f"{what} is {kind}; expected a tensor" + (f" of shape {list(shape)}" if shape is not None else ""))
+    if shape is not None and tuple(value.shape) != tuple(shape):
+        fail(
+            f"{what} has shape {list(value.shape)}; expected {list(shape)}."
+            + (" A coefficient of shape [B] must be reshaped to [B, 1, 1, 1] before it multiplies images."
+               if len(shape) == 4 else "")
+        )  # fmt: skip
+    if dtype is not None and value.dtype != dtype:
+        fail(f"{what} has dtype {value.dtype}; expected {dtype}")
+    if not bool(torch.isfinite(value.double()).all()):
+        bad = "NaN" if bool(value.double().isnan().any()) else "infinite values"
+        fail(f"{what} contains {bad}: look for a division by zero or the root of a negative number")
+    return value
+
+
+def tensors(value: Any, what: str, count: int) -> list[Any]:
+    """The value as a list of `count` items.
+
+    Raises:
+        CheckFailed: otherwise.
+    """
+    if not isinstance(value, list):
+        fail(f"{what} should be {count} values; got {'None: is a `return` missing?' if value is None else 'one value'}")
+    if len(value) != count:
+        fail(f"{what} should be {count} values; got {len(value)}")
+    return value
+
+
+def is_close(actual: Tensor, expected: Tensor, rtol: float, atol: float) -> bool:
+    """Are all entries within atol + rtol * |expected|?"""
+    expected = torch.as_tensor(expected, dtype=torch.float64).broadcast_to(actual.shape)
+    return bool(((actual.double() - expected).abs() <= atol + rtol * expected.abs()).all())
+
+
+def close(
+    actual: Tensor,
+    expected: Tensor,
+    what: str,
+    mistakes: Mapping[str, Tensor] | None = None,
+    rtol: float = 1e-4,
+    atol: float = 1e-5,
+) -> None:
+    """All entries of `actual` are within atol + rtol * |expected| of `expected`.
+
+    Args:
+        actual, expected: tensors of one shape (expected may broadcast).
+        what: how the hint names the value.
+        mistakes: misconception -> the values it would give; the first that fits is named in the hint.
+
+    Raises:
+        CheckFailed: otherwise.
+    """
+    expected = torch.as_tensor(expected, dtype=torch.float64).broadcast_to(actual.shape)
+    if is_close(actual, expected, rtol, atol):
+        return
+    for mistake, values in (mistakes or {}).items():
+        values = torch.as_tensor(values, dtype=torch.float64)
+        # The comparison with a mistake is looser (its own rounding differs), but it must not also fit the truth.
+        if is_close(actual, values, 10 * rtol, 10 * atol) and not is_close(expected, values, 10 * rtol, 10 * atol):
+            fail(f"{what}: these values are what {mistake} gives.")
+    error = (actual.double() - expected).abs()
+    worst = int(error.argmax())
+    got, want = actual.double().flatten()[worst].item(), expected.flatten()[worst].item()
+    fail(f"{what} is off by up to {error.max().item():.3g}: got {got:.5g} where {want:.5g} was expected.")
+
+
+def same(actual: Tensor, expected: Tensor, message: str) -> None:
+    """The two are equal up to rounding; otherwise fail with `message`."""
+    if actual.shape != expected.shape or not is_close(actual, expected.double(), 1e-5, 1e-6):
+        fail(message)
+
+
+def noise_problem(residual: Tensor) -> str | None:
+    """Is `residual` [B, ...] standard normal noise, fresh for every image? None, or what is wrong with it.
+
+    Mean, variance and (for noise of another shape than the normal's) kurtosis are held to their sampling error; so is
+    the variance of the mean over the batch, which noise shared between images would raise.
+    """
+    r = residual.double()
+    n = r.numel()
+    mean, variance = r.mean().item(), r.var().item()
+    per_pixel = r.mean(0) * math.sqrt(len(r))  # standard normal too, if the images are independent
+    shared = (per_pixel.square().mean().item() - 1) / math.sqrt(2 / per_pixel.numel()) if len(r) > 1 else 0.0
+    if shared > 3 * Z + 3:
+        return "the same noise is added to every image of the batch; draw it with the shape of x"
+    if abs(mean) * math.sqrt(n) > Z * max(1.0, math.sqrt(variance)):
+        return f"the noise has mean {mean:.3f} standard deviations instead of 0"
+    if abs(variance - 1) / math.sqrt(2 / n) > Z + 1:
+        return f"the noise has {variance:.3f} times the variance it should have"
+    kurtosis = (r - mean).pow(4).mean().item() / variance**2
+    if abs(kurtosis - 3) / math.sqrt(24 / n) > Z + 4:
+        return "the noise is not normally distributed; use torch.randn"
+    return None
+
+
+def noise(residual: Tensor, what: str) -> None:
+    """`residual` is standard normal noise, fresh for every image [B, ...]; at least 20 000 numbers.
+
+    Raises:
+        CheckFailed: otherwise.
+    """
+    problem = noise_problem(residual)
+    if problem:
+        fail(f"{what}: {problem}.")
+
+
+@contextlib.contextmanager
+def raises_value_error(what: str) -> Iterator[None]:
+    """The block makes the submission raise ValueError.
+
+    Raises:
+        CheckFailed: if it raises nothing, or another kind of error.
+    """
+    try:
+        yield
+    except StudentError as error:
+        if error.kind == "ValueError":
+            return
+        if error.kind == "NotImplementedError":
+            raise
+        fail(f"{what} should raise a ValueError that says what was expected; it raised {error.kind}: {error.message}")
+    fail(f"{what} should raise a ValueError that says what was expected; it was accepted")

@@ -1,0 +1,1 @@
+"""Checks of Lab 5, sampling: one module for each graded class."""

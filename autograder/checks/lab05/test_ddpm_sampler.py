@@ -1,0 +1,241 @@
+"""DDPMSampler: posterior mean and variance, one step, the whole chain (Ho et al. 2020, algorithm 2)."""
+
+import torch
+
+from autograder.checks import CheckFailed, expect, graded
+from autograder.checks.oracles import Coefficients, GaussianOracle, SteadyNetwork, images, random_schedule
+from autograder.submission.client import ContractBroken, Missing, StudentError
+
+
+def _small_t_tolerance(t: torch.Tensor) -> torch.Tensor:
+    """Below t = 20, 1 − ᾱ_t has few digits left in float32, and correct programs differ in how they lose them."""
+    return torch.where(torch.as_tensor(t) < 20, 3e-3, 1e-4)
+
+
+@graded(points=7, section="DDPM")
+def test_ddpm_posterior_mean(submission, rng):
+    """`compute_posterior_mean` is the mean of p(x_{t−1} | x_t), for one timestep or one per image."""
+    schedule = random_schedule(rng)
+    c = Coefficients(schedule)
+    sampler = submission.DDPMSampler(SteadyNetwork(schedule, rng), schedule)
+    last = schedule.num_timesteps - 1
+    x_t, eps = images(rng, 5, 1, 8, 8), images(rng, 5, 1, 8, 8)
+    several = torch.tensor([last, last // 2, 40, 1, 0])
+    for t in (last, last // 2, int(torch.randint(20, last, (), generator=rng)), several, 0):
+        label = "one timestep per image" if isinstance(t, torch.Tensor) else f"t = {t}"
+        mean = expect.tensor(sampler.compute_posterior_mean(x_t, t, eps), "the posterior mean", x_t.shape)
+        x, e = x_t.double(), eps.double()
+        a, b, ab = c.alpha(t), c.beta(t), c.alpha_bar(t)
+        mistakes = {
+            "ᾱ_t in place of α_t in 1/√α_t": (x - b / (1 - ab).sqrt() * e) / ab.sqrt(),
+            "ᾱ_t in place of α_t everywhere (so 1 − ᾱ_t for β_t)": (x - (1 - ab).sqrt() * e) / ab.sqrt(),
+            "1 − ᾱ_t in place of β_t": (x - (1 - ab).sqrt() * e) / a.sqrt(),
+            "a missing square root of 1 − ᾱ_t": (x - b / (1 - ab) * e) / a.sqrt(),
+            "a missing square root of α_t": (x - b / (1 - ab).sqrt() * e) / a,
+            "√β_t in place of β_t": (x - b.sqrt() / (1 - ab).sqrt() * e) / a.sqrt(),
+            "the noise added instead of subtracted": (x + b / (1 - ab).sqrt() * e) / a.sqrt(),
+            "1/√α_t on x_t alone, not on the noise term": x / a.sqrt() - b / (1 - ab).sqrt() * e,
+            "√α_t multiplied instead of divided by": (x - b / (1 - ab).sqrt() * e) * a.sqrt(),
+            "1 − α_t in place of 1 − ᾱ_t under the root": (x - b / (1 - a).sqrt() * e) / a.sqrt(),
+            "the estimate x̂_0 in place of the mean of x_{t−1}": c.predict_x0(x, e, t),
+            "the DDIM step in place of the DDPM mean": c.alpha_bar(torch.as_tensor(t) - 1).sqrt() * c.predict_x0(x, e, t)
+            + (1 - c.alpha_bar(torch.as_tensor(t) - 1)).sqrt() * e,
+        }
+        if isinstance(t, torch.Tensor):
+            first = int(t[0])
+            mistakes["the first image's timestep for the whole batch"] = c.posterior_mean(x, first, e)
+        atol = _small_t_tolerance(t)
+        atol = atol[:, None, None, None] if atol.ndim else atol
+        # Entries that rounding allows to differ are set to the expected value, so that one tolerance serves all.
+        expected = c.posterior_mean(x, t, e)
+        forgiven = torch.where((mean.double() - expected).abs() <= atol, expected, mean.double())
+        expect.close(forgiven, expected, f"the posterior mean at {label}", mistakes)
+
+
+@graded(points=7, section="DDPM")
+def test_ddpm_posterior_variance(submission, rng):
+    """`compute_posterior_variance` is β̃_t: exactly 0 at t = 0, 0-dimensional for an int, [B] for a LongTensor."""
+    schedule = random_schedule(rng)
+    c = Coefficients(schedule)
+    sampler = submission.DDPMSampler(SteadyNetwork(schedule, rng), schedule)
+    last = schedule.num_timesteps - 1
+    middle = int(torch.randint(20, last, (), generator=rng))
+
+    def mistakes(t) -> dict[str, torch.Tensor]:
+        t = torch.as_tensor(t)
+        wrapped = schedule.alphas_cumprod.double()[t - 1]
+        b, ab = schedule.betas.double()[t], schedule.alphas_cumprod.double()[t]
+        before = torch.cat([torch.ones(1, dtype=torch.float64), schedule.alphas_cumprod.double()])[t]
+        true = b * (1 - before) / (1 - ab)
+        return {
+            "alphas_cumprod[t − 1] at t = 0 (index −1 wraps to the last timestep; ᾱ_{−1} is 1, use schedule.alpha_bar)": b
+            * (1 - wrapped)
+            / (1 - ab),
+            "β_t itself": b,
+            "the standard deviation √β̃_t in place of the variance": true.sqrt(),
+            "the fraction turned upside down": b * (1 - ab) / (1 - before).clamp(min=1e-12),
+            "ᾱ_{t−1} and ᾱ_t in place of 1 − ᾱ_{t−1} and 1 − ᾱ_t": b * before / ab,
+            "1 − ᾱ_t in place of β_t": 1 - before,
+            "α_t in place of ᾱ_t": b * (1 - schedule.alphas.double()[(t - 1).clamp(min=0)]) / b,
+            "the logarithm of the variance": true.clamp(min=1e-20).log(),
+        }
+
+    for t in (last, middle, 30):
+        value = expect.tensor(sampler.compute_posterior_variance(t), "the variance for an int t", ())
+        expect.close(value, c.posterior_variance(t), f"the posterior variance at t = {t}", mistakes(t), 1e-4, 1e-12)
+    for t in (1, 5):
+        value = expect.tensor(sampler.compute_posterior_variance(t), "the variance for an int t", ())
+        expect.close(value, c.posterior_variance(t), f"the posterior variance at t = {t}", mistakes(t), 2e-3, 1e-12)
+    value = expect.tensor(sampler.compute_posterior_variance(0), "the variance at t = 0", ())
+    if value.item() != 0:
+        expect.close(value, torch.zeros(()), "the posterior variance at t = 0", mistakes(0), 1e-4, 0)
+        expect.fail(f"the posterior variance at t = 0 must be exactly 0 (no noise in the last step), got {value.item():.3g}")
+    several = torch.tensor([0, last, middle, 0, 30])
+    value = expect.tensor(sampler.compute_posterior_variance(several), "the variance for a LongTensor [B]", (5,))
+    true = torch.stack([c.posterior_variance(int(t)) for t in several])
+    if value[0] != 0 or value[3] != 0:
+        expect.close(value, true, "the posterior variance for several t", mistakes(several), 1e-4, 1e-12)
+        expect.fail("in a LongTensor that mixes t = 0 with others, the entries at t = 0 must still be exactly 0")
+    expect.close(value, true, "the posterior variance for several t", mistakes(several), 1e-4, 1e-12)
+
+
+@graded(points=6, section="DDPM")
+def test_ddpm_step(submission, rng):
+    """`ddpm_step` draws from N(mean, variance), with one network call and no noise at t = 0."""
+    schedule = random_schedule(rng)
+    network = SteadyNetwork(schedule, rng)
+    sampler = submission.DDPMSampler(network, schedule)
+    last = schedule.num_timesteps - 1
+    x_t = images(rng, 32, 1, 28, 28)
+    for t in (last, int(torch.randint(30, last, (), generator=rng)), 30, 0):
+        network.calls.clear()
+        x_s = expect.tensor(sampler.ddpm_step(x_t, t), f"ddpm_step at t = {t}", x_t.shape)
+        if len(network.calls) != 1:
+            expect.fail(f"ddpm_step should call the network once; at t = {t} it called it {len(network.calls)} times.")
+        x_seen, t_seen, eps = network.calls[0]
+        if bool((t_seen != t).any()):
+            expect.fail(f"ddpm_step at t = {t} asked the network about timestep {t_seen[0].item():g}.")
+        expect.same(x_seen, x_t, f"ddpm_step at t = {t} showed the network something other than x_t.")
+        _hold_step(submission, schedule, network, x_t, t, eps, x_s)
+
+
+def _hold_step(submission, schedule, network, x_t, t, eps, x_s):
+    """x_s must be right given the true mean and variance, or given what the student's own two methods return."""
+    c = Coefficients(schedule)
+    mean, variance = c.posterior_mean(x_t, t, eps), c.posterior_variance(t)
+    own_mean, own_variance = _own_methods(submission, schedule, network, x_t, t, eps)
+    problems = []
+    for m, v in ((mean, variance), (own_mean, own_variance), (mean, own_variance), (own_mean, variance)):
+        if m is None or v is None:
+            continue
+        problem = _step_problem(x_s, m, v, t)
+        if problem is None:
+            return
+        problems.append(problem)
+    residual = (x_s.double() - mean).std().item()
+    std, beta = variance.sqrt().item(), c.beta(t).item()
+    if t > 0 and abs(residual / variance.item() - 1) < 0.05:
+        expect.fail(f"ddpm_step at t = {t}: the noise is scaled by the variance; it needs its square root, √β̃_t.")
+    if t > 0 and residual < 1e-4 * std + 1e-6:
+        expect.fail(f"ddpm_step at t = {t} adds no noise; only the last step, t = 0, goes without.")
+    if t > 0 and abs(residual / std - 1) > 0.02 and abs(residual / beta**0.5 - 1) < 0.02:
+        expect.fail(f"ddpm_step at t = {t}: the noise has variance β_t; this lab uses the posterior variance β̃_t.")
+    if t > 0 and abs(residual / variance.item() ** 0.25 - 1) < 0.02:
+        expect.fail(f"ddpm_step at t = {t}: the square root was taken twice; the noise has standard deviation β̃_t^¼.")
+    expect.fail(f"ddpm_step at t = {t}: {problems[0]}.")
+
+
+def _own_methods(submission, schedule, network, x_t, t, eps):
+    """The student's own mean and variance, None where they do not work: their points are lost elsewhere."""
+    sampler = submission.DDPMSampler(network, schedule)
+    try:
+        mean = expect.tensor(sampler.compute_posterior_mean(x_t, t, eps), "", x_t.shape).double()
+    except (CheckFailed, StudentError, ContractBroken, Missing):
+        mean = None
+    try:
+        variance = expect.tensor(sampler.compute_posterior_variance(t), "", ()).double()
+        variance = variance if variance >= 0 else None
+    except (CheckFailed, StudentError, ContractBroken, Missing):
+        variance = None
+    return mean, variance
+
+
+def _step_problem(x_s, mean, variance, t) -> str | None:
+    deviation = x_s.double() - mean
+    if t == 0 or variance == 0:
+        if deviation.abs().max() > 3e-3:
+            size = deviation.std().item()
+            return f"the result should be the mean itself, without noise (it differs by {size:.3g})"
+        return None
+    std = variance.sqrt()
+    problem = expect.noise_problem(deviation / std)
+    return problem and f"x_(t−1) should be mean + √β̃_t · noise, but {problem}"
+
+
+@graded(points=6, section="DDPM")
+def test_ddpm_sample(submission, rng):
+    """`sample` walks all T timesteps from x_T to x_0, one network call each, and can return its trajectory."""
+    schedule = random_schedule(rng, num_timesteps=40)
+    steps = schedule.num_timesteps
+    network = GaussianOracle(schedule)
+    sampler = submission.DDPMSampler(network, schedule)
+    shape = (48, 1, 22, 22)
+    x_T = images(rng, *shape)
+    samples, trajectory = expect.tensors(
+        sampler.sample(shape, return_trajectory=True, x_T=x_T), "sample(shape, return_trajectory=True)", 2
+    )
+    samples = expect.tensor(samples, "the samples", shape, torch.float32)
+    if len(network.calls) != steps:
+        expect.fail(
+            f"sample should call the network once for each of the {steps} timesteps; "
+            f"it was called {len(network.calls)} times."
+        )
+    wanted = list(range(steps - 1, -1, -1))
+    if network.timesteps != wanted:
+        order = "from 0 up" if network.timesteps == wanted[::-1] else f"as {[int(t) for t in network.timesteps[:4]]} …"
+        expect.fail(f"sample should visit t = {steps - 1}, …, 1, 0 in this order; the network was asked {order}.")
+    if network.grad_enabled:
+        expect.fail("sample should run without gradients: decorate it with @torch.no_grad().")
+    expect.same(network.calls[0][0], x_T, "sample should start from the x_T it is given.")
+    if not isinstance(trajectory, list) or len(trajectory) != steps + 1:
+        count = len(trajectory) if isinstance(trajectory, list) else "no"
+        expect.fail(f"the trajectory should hold {steps + 1} states, x_T and one after each step; it holds {count}.")
+    states = [expect.tensor(state, "a state of the trajectory", shape) for state in trajectory]
+    expect.same(states[0], x_T, "the trajectory should start with x_T.")
+    expect.same(states[-1], samples, "the trajectory should end with the samples that are returned.")
+    for k, (x, _, _) in enumerate(list(network.calls)):
+        expect.same(states[k], x, f"state {k} of the trajectory is not what the network was shown in step {k + 1}.")
+    for k in (0, steps // 2, steps - 2, steps - 1):
+        _hold_transition(submission, schedule, sampler, network, states[k], wanted[k], states[k + 1])
+
+    network.calls.clear()
+    alone = expect.tensor(sampler.sample((64, 1, 20, 20)), "sample(shape)", (64, 1, 20, 20), torch.float32)
+    expect.noise(network.calls[0][0], "x_T drawn by sample when none is given")
+    if bool((alone == sampler.sample((64, 1, 20, 20))).all()):
+        expect.fail("two calls of sample return the same digits; is a seed set inside?")
+    x_T = images(rng, 2, 1, 8, 8, dtype=torch.float64)
+    expect.tensor(sampler.sample((2, 1, 8, 8), x_T=x_T), "samples from a float64 x_T", (2, 1, 8, 8), torch.float64)
+
+
+def _hold_transition(submission, schedule, sampler, network, x_t, t, x_s):
+    """One transition of the chain must be a true DDPM step, or one of the student's own ddpm_step."""
+    c = Coefficients(schedule)
+    eps = network.predict(x_t, torch.full((len(x_t),), t))
+    mean, variance = c.posterior_mean(x_t, t, eps), c.posterior_variance(t)
+    problem = _step_problem(x_s, mean, variance, t)
+    if problem is None:
+        return
+    try:
+        repeats = torch.stack([expect.tensor(sampler.ddpm_step(x_t, t), "", x_t.shape).double() for _ in range(24)])
+    except (CheckFailed, StudentError, ContractBroken, Missing):
+        expect.fail(f"the step from t = {t} in sample: {problem}.")
+    # Against the mean of n repeats a fresh draw varies by (1 + 1/n) of one step's variance.
+    own_std = (repeats.var(0).mean() * (1 + 1 / len(repeats))).sqrt()
+    deviation = (x_s.double() - repeats.mean(0)).double()
+    if own_std < 1e-6:
+        consistent = bool(deviation.abs().max() < 1e-3)
+    else:
+        ratio = deviation.square().mean().sqrt() / own_std
+        consistent = abs(ratio - 1) < 0.1 and abs(deviation.mean()) < 0.1 * own_std
+    if not consistent:
+        expect.fail(f"the step from t = {t} in sample: {problem}; it is not what your ddpm_step does either.")

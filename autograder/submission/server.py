@@ -1,0 +1,157 @@
+"""The answering side: builds the student's classes, calls their methods, sends back what they return.
+
+Runs where the student's code runs: inside the worker when grading, inside the notebook's kernel for `check(...)`.
+Nothing it says is trusted; it only carries answers.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from autograder.submission.wire import Figure, Handle, ModelReference, ScheduleReference, Unsendable
+from difflab.schedule import NoiseSchedule
+
+__all__ = ["RemoteModel", "Server"]
+
+
+class RemoteModel(nn.Module):
+    """Stands in for a network that lives with the grader: every call is asked over the wire.
+
+    It has one parameter, never used, so that `next(model.parameters()).device` and `.dtype` work as on a real network.
+    """
+
+    def __init__(self, reference: ModelReference, ask: Callable[[int, str, list], Any]):
+        super().__init__()
+        self._reference, self._ask = reference, ask
+        self.placeholder = nn.Parameter(torch.zeros((), dtype=getattr(torch, reference.dtype)))
+
+    def forward(self, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        """Predicted noise, as the grader's network sees it."""
+        answer = self._ask(self._reference.id, "forward", [x, t, torch.is_grad_enabled()])
+        return answer.to(x.device)
+
+
+class Server:
+    """Serves requests against a namespace.
+
+    Args:
+        namespace: where the student's classes are looked up.
+        ask: how a network call reaches the grader: ask(model id, method, arguments) -> answer.
+        student_file: maps a code file name in a traceback to "cell 12", or None for files that are not the student's.
+    """
+
+    def __init__(
+        self,
+        namespace: dict[str, Any],
+        ask: Callable[[int, str, list], Any],
+        student_file: Callable[[str], str | None] = lambda name: None,
+    ):
+        self.namespace, self.ask, self.student_file = namespace, ask, student_file
+        self.objects: dict[int, Any] = {}
+        self.models: dict[int, RemoteModel] = {}
+
+    def answer(self, request: dict[str, Any]) -> dict[str, Any]:
+        """Carry out one request; whatever the student's code raises is described, not raised."""
+        try:
+            with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+                return self._answer(request)
+        except (Exception, SystemExit) as error:
+            return {"error": self._describe(error)}
+
+    def _answer(self, request: dict[str, Any]) -> dict[str, Any]:
+        arguments = [self._raise_value(a) for a in request["args"]]
+        keywords = {name: self._raise_value(a) for name, a in request["kwargs"].items()}
+        if request["do"] == "construct":
+            if request["name"] not in self.namespace:
+                return {"missing": request["name"]}
+            instance = self.namespace[request["name"]](*arguments, **keywords)
+            identity = len(self.objects)
+            self.objects[identity] = instance
+            return {"result": Handle(identity, type(instance).__name__)}
+        if request["do"] == "function":
+            if request["name"] not in self.namespace:
+                return {"missing": request["name"]}
+            function = self.namespace[request["name"]]
+        else:
+            instance = self.objects[request["object"]]
+            if not hasattr(instance, request["name"]):
+                return {"missing": f"{type(instance).__name__}.{request['name']}"}
+            function = getattr(instance, request["name"])
+        given = [*arguments, *keywords.values()]
+        names = [*range(len(arguments)), *keywords]
+        before = [a.clone() if isinstance(a, torch.Tensor) else None for a in given]
+        result = function(*arguments, **keywords)
+        changed = [
+            name
+            for name, old, new in zip(names, before, given)
+            if old is not None and not (old.shape == new.shape and torch.equal(old.nan_to_num(), new.nan_to_num()))
+        ]
+        return {"result": self._lower_value(result), "changed": changed, "shared": _shared_memory(result)}
+
+    def _raise_value(self, value: Any) -> Any:
+        if isinstance(value, Handle):
+            return self.objects[value.id]
+        if isinstance(value, ModelReference):
+            if value.id not in self.models:
+                self.models[value.id] = RemoteModel(value, self.ask)
+            return self.models[value.id]
+        if isinstance(value, ScheduleReference):
+            return NoiseSchedule(value.betas)
+        if isinstance(value, list):
+            return [self._raise_value(item) for item in value]
+        if isinstance(value, dict):
+            return {key: self._raise_value(item) for key, item in value.items()}
+        return value
+
+    def _lower_value(self, value: Any) -> Any:
+        """Figures become pictures; everything else is left to the wire, which says what it cannot carry."""
+        from matplotlib.figure import Figure as MatplotlibFigure
+
+        if isinstance(value, MatplotlibFigure):
+            return _lower_figure(value)
+        if isinstance(value, (list, tuple)):
+            return [self._lower_value(item) for item in value]
+        if isinstance(value, dict):
+            return {key: self._lower_value(item) for key, item in value.items()}
+        return value
+
+    def _describe(self, error: BaseException) -> list[str]:
+        """[type, message, where]: the innermost line of the student's own code, as "cell 12, line 3"."""
+        where = ""
+        for frame in traceback.extract_tb(error.__traceback__):
+            cell = self.student_file(frame.filename)
+            if cell:
+                where = f"{cell}, line {frame.lineno}"
+        kind = "Unsendable" if isinstance(error, Unsendable) else type(error).__name__
+        return [kind[:100], str(error)[:1000], where]
+
+
+def _lower_figure(figure: Any) -> Figure:
+    from matplotlib import pyplot as plt
+
+    images = [
+        torch.as_tensor(image.get_array().filled(float("nan"))).double()
+        for axes in figure.axes
+        for image in axes.get_images()
+    ]
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=60)
+    plt.close(figure)
+    return Figure(buffer.getvalue(), images)
+
+
+def _shared_memory(result: Any) -> bool:
+    """Do two tensors of one returned list (a trajectory, say) share memory?"""
+    if not isinstance(result, (list, tuple)):
+        return False
+    addresses = [
+        item.untyped_storage().data_ptr() for item in result if isinstance(item, torch.Tensor) and item.numel()
+    ]
+    return len(set(addresses)) < len(addresses) or any(_shared_memory(item) for item in result)

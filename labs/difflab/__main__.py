@@ -1,0 +1,249 @@
+"""The command `difflab`: train a noise predictor, sample with a notebook's sampler, measure what came out."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from pathlib import Path
+
+import torch
+from tqdm.auto import tqdm
+
+from difflab import datasets, metrics
+from difflab.checkpoints import data_path, load_checkpoint
+from difflab.schedule import NoiseSchedule
+from difflab.timing import count_calls, synchronize
+from difflab.unet import UNet
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run a `difflab` command; returns the exit status."""
+    arguments = _parser().parse_args(argv)
+    try:
+        arguments.command(arguments)
+    except (ValueError, OSError) as error:
+        print(f"difflab: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("difflab: interrupted; run the same command again to go on", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="difflab", description=__doc__)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    train = commands.add_parser("train", help="train a noise predictor on MNIST; run again to resume")
+    train.add_argument("--out", type=Path, default=Path("."), help="folder for checkpoints/ and samples/")
+    train.add_argument("--timesteps", type=int, default=1000)
+    train.add_argument("--schedule", choices=["linear", "scaled_linear", "cosine"], default=None,
+                       help="default: linear for 1000 timesteps, scaled_linear for any other number")  # fmt: skip
+    train.add_argument("--channels", type=int, nargs="+", default=[32, 64, 128])
+    train.add_argument("--time-dim", type=int, default=64)
+    train.add_argument("--epochs", type=int, default=20)
+    train.add_argument("--batch-size", type=int, default=128)
+    train.add_argument("--lr", type=float, default=1e-3)
+    train.add_argument("--ema-decay", type=float, default=0.999)
+    train.add_argument("--min-snr-gamma", type=float, default=None)
+    train.add_argument("--precision", choices=["float32", "bfloat16"], default="float32")
+    train.add_argument("--seed", type=int, default=0)
+    train.add_argument("--device", default=_default_device())
+    train.add_argument("--samples-from", type=Path, default=None, metavar="NOTEBOOK",
+                       help="draw a grid after each epoch with this notebook's DDIMSampler")  # fmt: skip
+    train.set_defaults(command=_train)
+
+    classifier = commands.add_parser("train-classifier", help="train the metric classifier and its statistics")
+    classifier.add_argument("--out", type=Path, default=Path("data"))
+    classifier.add_argument("--epochs", type=int, default=3)
+    classifier.add_argument("--seed", type=int, default=0)
+    classifier.set_defaults(command=_train_classifier)
+
+    sample = commands.add_parser("sample", help="draw samples with the sampler of a notebook")
+    sample.add_argument("--from", dest="notebook", type=Path, required=True, metavar="NOTEBOOK")
+    sample.add_argument("--checkpoint", default="mnist-small", help="a .safetensors file or a name in data/")
+    sample.add_argument("--method", choices=["ddpm", "ddim"], default="ddim")
+    sample.add_argument("--num-steps", type=int, default=None, help="network calls of ddim (default 50)")
+    sample.add_argument("--eta", type=float, default=0.0)
+    sample.add_argument("--num-samples", type=int, default=64)
+    sample.add_argument("--batch-size", type=int, default=250)
+    sample.add_argument("--seed", type=int, default=0)
+    sample.add_argument("--device", default=_default_device())
+    sample.add_argument("--out", type=Path, default=Path("samples.png"), help=".png for a grid, .npz for a data set")
+    sample.add_argument("--force", action="store_true", help="overwrite --out")
+    sample.set_defaults(command=_sample)
+
+    evaluate = commands.add_parser("evaluate", help="measure the images of an .npz file, or 'mnist-test'")
+    evaluate.add_argument("images", help="an .npz written by `difflab sample`, or mnist-test for the floor")
+    evaluate.add_argument("--num", type=int, default=None, help="how many of them, drawn at random")
+    evaluate.add_argument("--seed", type=int, default=0)
+    evaluate.set_defaults(command=_evaluate)
+    return parser
+
+
+def _default_device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _train(arguments: argparse.Namespace) -> None:
+    from difflab.plots import save_image_grid
+    from difflab.training import TrainingConfig, train
+
+    kind = arguments.schedule or ("linear" if arguments.timesteps == 1000 else "scaled_linear")
+    schedule = getattr(NoiseSchedule, kind)(arguments.timesteps)
+    config = TrainingConfig(
+        epochs=arguments.epochs,
+        batch_size=arguments.batch_size,
+        lr=arguments.lr,
+        ema_decay=arguments.ema_decay,
+        min_snr_gamma=arguments.min_snr_gamma,
+        precision=arguments.precision,
+        seed=arguments.seed,
+    )
+    sampler_class = _sampler_class(arguments.samples_from, "DDIMSampler") if arguments.samples_from else None
+    images, _ = datasets.load_mnist("train")
+    test_images, _ = datasets.load_mnist("test")
+    torch.manual_seed(arguments.seed)
+    model = UNet(arguments.channels, arguments.time_dim).to(arguments.device)
+    parameters = sum(p.numel() for p in model.parameters())
+    print(f"{parameters:,} parameters, {schedule}, {len(images):,} images, {arguments.device}", flush=True)
+
+    bar: tqdm | None = None
+
+    def on_batch(batch: int, batches: int, loss: float) -> None:
+        nonlocal bar
+        if bar is None or batch == 1:
+            bar = tqdm(total=batches, unit="batch", mininterval=1.0, leave=False)
+        bar.update()
+        bar.set_postfix(loss=f"{loss:.4f}")
+        if batch == batches:
+            bar.close()
+
+    start = time.perf_counter()
+    for epoch in train(model, schedule, images, config, arguments.out, test_images[:2000], on_batch):
+        minutes = (time.perf_counter() - start) / 60
+        print(
+            f"epoch {epoch.epoch}/{config.epochs}: training loss {epoch.train_loss:.5f}, "
+            f"test loss {epoch.test_loss:.5f}, {minutes:.1f} min",
+            flush=True,
+        )
+        if sampler_class is not None:
+            sampler = sampler_class(epoch.model, schedule)
+            x_T = torch.randn(64, 1, 28, 28, generator=torch.Generator().manual_seed(0)).to(arguments.device)
+            samples = sampler.sample(
+                tuple(x_T.shape), timesteps=sampler.create_timestep_schedule(min(50, arguments.timesteps)), x_T=x_T
+            )
+            save_image_grid(arguments.out / "samples" / f"epoch_{epoch.epoch:03d}.png", samples)
+    print(f"finished; the model is {arguments.out / 'checkpoints' / 'model_latest.safetensors'}")
+
+
+def _train_classifier(arguments: argparse.Namespace) -> None:
+    import numpy as np
+
+    from difflab.training import train_classifier
+
+    images, labels = datasets.load_mnist("train", fallback=False)
+    test_images, test_labels = datasets.load_mnist("test", fallback=False)
+    for epoch, loss, classifier in train_classifier(images, labels, arguments.epochs, seed=arguments.seed):
+        with torch.no_grad():
+            predicted = torch.cat([classifier(batch) for batch in test_images.split(500)]).argmax(-1)
+        accuracy = (predicted == test_labels).float().mean().item()
+        print(f"epoch {epoch}/{arguments.epochs}: loss {loss:.4f}, test accuracy {100 * accuracy:.2f} %", flush=True)
+    metrics.save_classifier(
+        arguments.out / "classifier.safetensors", classifier, epochs=arguments.epochs, test_accuracy=accuracy
+    )
+    with torch.no_grad():
+        features = torch.cat([classifier.features(batch) for batch in images.split(500)])
+    mean, cov = metrics.gaussian_statistics(features)
+    np.savez(arguments.out / "mnist-features.npz", mean=mean.numpy(), cov=cov.numpy(), num_images=len(images))
+
+
+def _sampler_class(notebook: Path, name: str):
+    from difflab.notebook import load_notebook
+
+    namespace = load_notebook(notebook)
+    if name not in namespace:
+        raise ValueError(f"{notebook} defines no class {name}; give a notebook in which it is written")
+    return namespace[name]
+
+
+def _sample(arguments: argparse.Namespace) -> None:
+    from difflab.plots import save_image_grid
+
+    if arguments.out.suffix not in (".png", ".npz"):
+        raise ValueError(f"--out must end in .png or .npz, got {arguments.out}")
+    if arguments.out.exists() and not arguments.force:
+        raise ValueError(f"{arguments.out} is already there; add --force to overwrite it, or give another --out")
+    if arguments.num_samples < 1 or arguments.batch_size < 1:
+        raise ValueError("--num-samples and --batch-size must be at least 1")
+    if arguments.method == "ddpm" and (arguments.num_steps is not None or arguments.eta):
+        raise ValueError("--num-steps and --eta belong to --method ddim; ddpm always takes every timestep")
+    name = str(arguments.checkpoint)
+    path = Path(name) if name.endswith(".safetensors") else data_path(f"{name}.safetensors")
+    model, schedule, _ = load_checkpoint(path, arguments.device)
+    sampler = _sampler_class(arguments.notebook, {"ddpm": "DDPMSampler", "ddim": "DDIMSampler"}[arguments.method])(
+        model, schedule
+    )
+    keywords = {}
+    if arguments.method == "ddim":
+        keywords["timesteps"] = sampler.create_timestep_schedule(arguments.num_steps or 50)
+        keywords["eta"] = arguments.eta
+
+    torch.manual_seed(arguments.seed)
+    rng = torch.Generator().manual_seed(arguments.seed)
+    sizes = [arguments.batch_size] * (arguments.num_samples // arguments.batch_size)
+    sizes += [arguments.num_samples % arguments.batch_size] * (arguments.num_samples % arguments.batch_size > 0)
+    batches = []
+    try:
+        with count_calls(model) as counter:
+            start = time.perf_counter()
+            for size in tqdm(sizes, unit="batch", disable=len(sizes) == 1):
+                x_T = torch.randn(size, 1, 28, 28, generator=rng).to(arguments.device)
+                batches.append(sampler.sample(tuple(x_T.shape), x_T=x_T, **keywords).cpu())
+            synchronize(arguments.device)
+            seconds = time.perf_counter() - start
+    except NotImplementedError as error:
+        raise ValueError(f"{arguments.notebook} is not finished: {error}") from None
+    samples = torch.cat(batches)
+    print(
+        f"{len(samples)} samples in {seconds:.1f} s on {arguments.device}: "
+        f"{counter.calls // len(sizes)} network calls for each of {len(sizes)} batches"
+    )
+    if arguments.out.suffix == ".png":
+        save_image_grid(arguments.out, samples)
+    else:
+        _save_digits(arguments.out, samples)
+    print(f"written to {arguments.out}")
+
+
+def _save_digits(path: Path, samples: torch.Tensor) -> None:
+    import numpy as np
+
+    classifier = metrics.load_classifier()
+    with torch.no_grad():
+        labels = torch.cat([classifier(batch) for batch in samples.split(500)]).argmax(-1)
+    images = ((samples.clamp(-1, 1) + 1) * 127.5).round().byte()[:, 0]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.stem + ".tmp.npz")
+    np.savez_compressed(temporary, images=images.numpy(), labels=labels.byte().numpy())
+    os.replace(temporary, path)
+
+
+def _evaluate(arguments: argparse.Namespace) -> None:
+    import numpy as np
+
+    if arguments.images == "mnist-test":
+        images, _ = datasets.load_mnist("test", fallback=False)
+    else:
+        with np.load(arguments.images) as file:
+            images = torch.from_numpy(file["images"]).float().div(127.5).sub(1)[:, None]
+    if arguments.num is not None:
+        order = torch.randperm(len(images), generator=torch.Generator().manual_seed(arguments.seed))
+        images = images[order[: arguments.num]]
+    print(metrics.quality(images))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

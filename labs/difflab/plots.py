@@ -1,0 +1,90 @@
+"""Pictures of digits and curves. Everything returns a matplotlib Figure and shows nothing by itself."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor
+
+__all__ = ["curves", "image_grid", "save_image_grid", "show_images", "tile", "trajectory"]
+
+
+def tile(images: Tensor, columns: int, gap: int = 2) -> np.ndarray:
+    """Lay images [N, 1, H, W] in [-1, 1] out as one grey picture in [0, 1], row by row, on white."""
+    images = images.detach().float().cpu().clamp(-1, 1)[:, 0]
+    n, height, width = images.shape
+    rows = -(-n // columns)
+    sheet = torch.ones(rows * (height + gap) + gap, columns * (width + gap) + gap)
+    for i, image in enumerate(images):
+        top = gap + i // columns * (height + gap)
+        left = gap + i % columns * (width + gap)
+        sheet[top : top + height, left : left + width] = (image + 1) / 2
+    return sheet.numpy()
+
+
+def image_grid(images: Tensor, columns: int = 10, title: str = "", scale: float = 0.8) -> Figure:
+    """A grid of images [N, 1, H, W] in [-1, 1], `columns` a row."""
+    columns = min(columns, len(images))
+    rows = -(-len(images) // columns)
+    figure, axes = plt.subplots(figsize=(columns * scale, rows * scale + 0.3 * bool(title)), layout="constrained")
+    axes.imshow(tile(images, columns), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+    axes.axis("off")
+    if title:
+        axes.set_title(title, fontsize=10)
+    return figure
+
+
+def show_images(rows: Mapping[str, Tensor], column_titles: Sequence[str] = (), title: str = "") -> Figure:
+    """Labelled rows of images, each a tensor [N, 1, H, W]: one axes per image, in order."""
+    columns = max(len(images) for images in rows.values())
+    figure, axes = plt.subplots(
+        len(rows), columns, figsize=(columns * 0.95 + 1.1, len(rows) * 1.0 + 0.4), squeeze=False, layout="constrained"
+    )
+    for axis in axes.flat:
+        axis.set_xticks([])
+        axis.set_yticks([])
+        axis.set_frame_on(False)
+    for line, (label, images) in zip(axes, rows.items()):
+        line[0].set_ylabel(label, fontsize=9)
+        for axis, image in zip(line, images.detach().float().cpu()):
+            axis.imshow(image[0], cmap="gray", vmin=-1, vmax=1, interpolation="nearest")
+    for axis, text in zip(axes[0], column_titles):
+        axis.set_title(text, fontsize=9)
+    if title:
+        figure.suptitle(title, fontsize=10)
+    return figure
+
+
+def trajectory(states: Sequence[Tensor], count: int = 10, rows: int = 3, title: str = "") -> Figure:
+    """`count` states of a sampling trajectory, evenly spaced from x_T to the sample, for the first `rows` images."""
+    picks = np.linspace(0, len(states) - 1, min(count, len(states))).round().astype(int)
+    return show_images(
+        {f"sample {i + 1}": torch.stack([states[k][i] for k in picks]) for i in range(min(rows, len(states[0])))},
+        [f"after {k}" if k else "x_T" for k in picks],
+        title,
+    )
+
+
+def curves(
+    lines: Mapping[str, tuple[Sequence[float], Sequence[float]]], xlabel: str, ylabel: str, title: str = "", **axes_set
+) -> Figure:
+    """Labelled curves {label: (x, y)} with markers; further keywords go to `Axes.set`, e.g. yscale="log"."""
+    figure, axes = plt.subplots(figsize=(6, 3.4), layout="constrained")
+    for label, (x, y) in lines.items():
+        axes.plot(x, y, marker="o", markersize=3, linewidth=1.2, label=label)
+    axes.set(xlabel=xlabel, ylabel=ylabel, title=title, **axes_set)
+    axes.grid(alpha=0.3)
+    if len(lines) > 1:
+        axes.legend(fontsize=8)
+    return figure
+
+
+def save_image_grid(path: str | Path, images: Tensor, columns: int = 8) -> None:
+    """Write a grid of images [N, 1, H, W] in [-1, 1] as a PNG, three screen pixels to an image pixel."""
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    plt.imsave(path, tile(images, min(columns, len(images))).repeat(3, 0).repeat(3, 1), cmap="gray", vmin=0, vmax=1)
