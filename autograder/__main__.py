@@ -28,7 +28,9 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     one = commands.add_parser("grade", help="grade one notebook")
     one.add_argument("notebook", type=Path)
-    one.add_argument("--lab", default=None, help="name of the lab, e.g. lab05_sampling (default: found from the notebook)")
+    one.add_argument(
+        "--lab", default=None, help="name of the lab, e.g. lab05_sampling (default: found from the notebook)"
+    )
     one.add_argument("--json", default=None, metavar="FILE", help="write the report as JSON; - for standard output")
     one.add_argument("--sandbox", choices=LEVELS, default="auto")
     one.add_argument("--seed", type=int, default=None, help="repeat the random inputs of an earlier run")

@@ -62,7 +62,7 @@ def solution_notebook(script: Path) -> NotebookNode:
             raise ValueError(f"{script.name}: there is no check {name!r} in autograder/checks")
         metadata = {"tags": ["demo"]} if mark == "demo" else {}
         if mark in ("given", "exercise", "check", "task"):
-            points = {"check": lambda: checks[name].points, "task": lambda: cell.metadata["points"]}.get(mark)
+            points = checks[name].points if mark == "check" else cell.metadata.get("points")
             metadata["nbgrader"] = {
                 "grade": mark == "check",
                 "grade_id": identity,
@@ -70,7 +70,7 @@ def solution_notebook(script: Path) -> NotebookNode:
                 "schema_version": 3,
                 "solution": mark == "exercise",
                 "task": mark == "task",
-            } | ({"points": points()} if points else {})  # a practice check has 0
+            } | ({} if points is None else {"points": points})
         cell.metadata = NotebookNode(metadata)
         cell["id"] = identity.replace("_", "-")[:64]
     missing = [name for name in checks if name not in used]

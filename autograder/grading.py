@@ -21,7 +21,7 @@ __all__ = ["Report", "grade", "grade_notebook"]
 
 @dataclass
 class Report:
-    """The verdict on one submission. `score` and `max_score` are automatic points; `manual_points` wait for a person."""
+    """The verdict on one submission: `score` of `max_score` automatic points; `manual_points` wait for a person."""
 
     lab: str
     score: float

@@ -22,9 +22,9 @@ class NotebookHygiene(NbGraderPreprocessor):
     def preprocess(self, nb, resources):
         """Replace the submission by its sanitised form."""
         lab = resources["nbgrader"]["assignment"]
-        path = Path(resources["metadata"]["path"]) / f"{resources['metadata']['name']}.ipynb"
-        submitted = notebooks.read_notebook(path)
-        release = nbformat.read(notebooks.release_path(lab), as_version=4)
+        folder = Path(resources["metadata"]["path"])  # <course>/submitted/<student>/<lab>
+        submitted = notebooks.read_notebook(folder / f"{resources['metadata']['name']}.ipynb")
+        release = nbformat.read(notebooks.release_path(lab, folder.resolve().parents[2]), as_version=4)
         return notebooks.sanitise(submitted, release), resources
 
 

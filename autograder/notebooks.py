@@ -217,7 +217,9 @@ def _restore(cell: NotebookNode, original: NotebookNode) -> NotebookNode:
 
 def _is_editable(original: NotebookNode) -> bool:
     nbgrader = original.metadata.get("nbgrader", {})
-    return bool(nbgrader.get("solution")) or not (nbgrader.get("locked") or nbgrader.get("grade") or nbgrader.get("task"))
+    return bool(nbgrader.get("solution")) or not (
+        nbgrader.get("locked") or nbgrader.get("grade") or nbgrader.get("task")
+    )
 
 
 def _is_plain_solution(cell: NotebookNode) -> bool:

@@ -70,6 +70,7 @@ print(schedule)
 #
 # The network will be asked to find $\epsilon$ in $x_t$. Everything in this lab rests on this one line.
 
+
 # %% given="forward_process_class"
 class ForwardProcessImpl:
     """The forward process q(x_t | x_0) of a noise schedule."""
@@ -94,6 +95,7 @@ class ForwardProcessImpl:
 # `schedule.alphas` is one step; `schedule.alphas_cumprod` is all steps so far. `schedule.alpha_bar(t)` answers for an
 # int as well as for a tensor.
 # </details>
+
 
 # %% exercise="add_noise"
 @add_to_class(ForwardProcessImpl)
@@ -127,6 +129,7 @@ check("add_noise")
 # Show the first image of `x_start` at each of the given timesteps, in their order, one picture a column.
 # `plots.show_images({"label": images}, column_titles)` returns such a figure for images `[N, 1, H, W]`.
 
+
 # %% exercise="forward_trajectory"
 @add_to_class(ForwardProcessImpl)
 def demonstrate_forward_trajectory(self, x_start: Tensor, timesteps: list[int]):
@@ -151,7 +154,7 @@ check("forward_trajectory")
 
 # %% tags=["demo"]
 torch.manual_seed(0)
-ForwardProcessImpl(schedule).demonstrate_forward_trajectory(x_clean, [0, 50, 100, 200, 300, 400, 500, 700, 999]);
+ForwardProcessImpl(schedule).demonstrate_forward_trajectory(x_clean, [0, 50, 100, 200, 300, 400, 500, 700, 999])
 
 # %% [markdown] given="part1_question"
 # Where does the digit disappear for your eye? At $t = 500$ only $\bar\alpha_{500} \approx 0.08$ of the signal's
@@ -171,6 +174,7 @@ ForwardProcessImpl(schedule).demonstrate_forward_trajectory(x_clean, [0, 50, 100
 #
 # Two different alphas stand in one formula: $\alpha_t$ undoes *this* step, $\bar\alpha_t$ says how much noise there is
 # *in all*. Mixing them up is the most common mistake in diffusion code.
+
 
 # %% given="ddpm_class"
 class DDPMSampler:
@@ -195,6 +199,7 @@ class DDPMSampler:
 # Three tables are needed at `t`: `betas`, `alphas` and `alphas_cumprod`. `torch.as_tensor(t)` makes an int and a
 # LongTensor look alike; after indexing, `.view(-1, 1, 1, 1)`.
 # </details>
+
 
 # %% exercise="ddpm_posterior_mean"
 @add_to_class(DDPMSampler)
@@ -235,6 +240,7 @@ check("ddpm_posterior_mean")
 # `alphas_cumprod[-1]` is the *noisiest* entry. `schedule.alpha_bar(-1)` does the right thing.
 # </details>
 
+
 # %% exercise="ddpm_posterior_variance"
 @add_to_class(DDPMSampler)
 def compute_posterior_variance(self, t: int | Tensor) -> Tensor:
@@ -270,6 +276,7 @@ check("ddpm_posterior_variance")
 # The network wants a timestep for every image: `torch.full((len(x_t),), t, device=x_t.device)`. And it is the standard
 # deviation, not the variance, that scales the noise.
 # </details>
+
 
 # %% exercise="ddpm_step"
 @add_to_class(DDPMSampler)
@@ -308,6 +315,7 @@ check("ddpm_step")
 # When no `x_T` is given, draw it with the dtype and on the device of the model: `next(self.model.parameters())` knows
 # both.
 # </details>
+
 
 # %% exercise="ddpm_sample"
 @add_to_class(DDPMSampler)
@@ -353,7 +361,7 @@ with count_calls(model) as counter:
     ddpm_samples, ddpm_trajectory = ddpm.sample((16, 1, 28, 28), return_trajectory=True)
 ddpm_seconds = time.perf_counter() - start
 print(f"DDPM: {counter.calls} network calls in {ddpm_seconds:.1f} s")
-plots.trajectory(ddpm_trajectory, title="DDPM, from noise to digits");
+plots.trajectory(ddpm_trajectory, title="DDPM, from noise to digits")
 
 # %% [markdown] given="part3"
 # ---
@@ -369,6 +377,7 @@ plots.trajectory(ddpm_trajectory, title="DDPM, from noise to digits");
 #
 # $\eta = 0$ is deterministic: the same $x_T$ always becomes the same digit. $\eta = 1$ on consecutive steps is exactly
 # the DDPM of Part 2. The last jump goes to $s = -1$, clean data, where the formula leaves $\hat x_0$ alone.
+
 
 # %% given="ddim_class"
 class DDIMSampler:
@@ -389,6 +398,7 @@ class DDIMSampler:
 # 🟢 easy · 5 points · 5 min · under 1 CPU second
 #
 # This is 1.1 solved for $x_0$.
+
 
 # %% exercise="ddim_predict_x0"
 @add_to_class(DDIMSampler)
@@ -434,6 +444,7 @@ check("ddim_predict_x0")
 # Write the schedule in ascending order and walk along it: an entry that is not larger than the one before it becomes
 # that one plus 1. Can this ever climb past $T-1$?
 # </details>
+
 
 # %% exercise="ddim_uniform_schedule"
 @add_to_class(DDIMSampler)
@@ -491,6 +502,7 @@ check("ddim_quadratic_schedule")
 # $1-\bar\alpha_s-\sigma^2$ is never negative on paper; in float32 it can be, by a hair. `.clamp(min=0)`.
 # </details>
 
+
 # %% exercise="ddim_step"
 @add_to_class(DDIMSampler)
 @torch.no_grad()
@@ -536,6 +548,7 @@ check("ddim_eta_step")
 #
 # With timesteps $t_0 > t_1 > \dots > t_{N-1}$, jump $t_0\to t_1\to\dots\to t_{N-1}\to -1$: $N$ timesteps, $N$ network
 # calls. `timesteps` may be a list or a LongTensor; `None` means all $T$.
+
 
 # %% exercise="ddim_sample"
 @add_to_class(DDIMSampler)
@@ -597,7 +610,7 @@ with count_calls(model) as counter:
     )
 ddim_seconds = time.perf_counter() - start
 print(f"DDIM: {counter.calls} network calls in {ddim_seconds:.1f} s, {ddpm_seconds / ddim_seconds:.0f} times as fast")
-plots.trajectory(ddim_trajectory, title="DDIM with 50 steps, from the same noise");
+plots.trajectory(ddim_trajectory, title="DDIM with 50 steps, from the same noise")
 
 # %% tags=["demo"]
 torch.manual_seed(1)
@@ -605,7 +618,7 @@ rows = {"DDPM 1000": ddpm_samples[:10]}
 for num_steps, eta in ((50, 0.0), (20, 0.0), (10, 0.0), (50, 0.5), (50, 1.0)):
     timesteps = ddim.create_timestep_schedule(num_steps)
     rows[f"DDIM {num_steps}, η = {eta:g}"] = ddim.sample((10, 1, 28, 28), timesteps, eta, x_T=x_T[:10])
-plots.show_images(rows, title="One noise, six samplers: a column starts from the same x_T");
+plots.show_images(rows, title="One noise, six samplers: a column starts from the same x_T")
 
 # %% [markdown] task="written_analysis" points=8
 # ---

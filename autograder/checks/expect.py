@@ -35,7 +35,9 @@ def tensor(value: Any, what: str, shape: tuple[int, ...] | None = None, dtype: t
     if isinstance(value, (int, float)) and not isinstance(value, bool):
         value = torch.tensor(value, dtype=torch.float64)
     if not isinstance(value, Tensor):
-        kind = {list: "a list (or tuple)", dict: "a dict", str: "a string"}.get(type(value), f"a {type(value).__name__}")
+        kind = {list: "a list (or tuple)", dict: "a dict", str: "a string"}.get(
+            type(value), f"a {type(value).__name__}"
+        )
         fail(f"{what} is {kind}; expected a tensor" + (f" of shape {list(shape)}" if shape is not None else ""))
     if shape is not None and tuple(value.shape) != tuple(shape):
         fail(
@@ -108,26 +110,33 @@ def same(actual: Tensor, expected: Tensor, message: str) -> None:
         fail(message)
 
 
-def noise_problem(residual: Tensor) -> str | None:
+def noise_problem(residual: Tensor, seen: Tensor | None = None) -> str | None:
     """Is `residual` [B, ...] standard normal noise, fresh for every image? None, or what is wrong with it.
 
-    Mean, variance and (for noise of another shape than the normal's) kurtosis are held to their sampling error; so is
-    the variance of the mean over the batch, which noise shared between images would raise.
+    Mean, variance and (for noise of another shape than the normal's) kurtosis are held to their sampling error; so are
+    the variance of the mean over the batch, which noise shared between images would raise, and the correlation with
+    `seen`, the noise the network predicted: a wrong mean leaves some of that in the residual.
     """
     r = residual.double()
     n = r.numel()
-    mean, variance = r.mean().item(), r.var().item()
-    per_pixel = r.mean(0) * math.sqrt(len(r))  # standard normal too, if the images are independent
-    shared = (per_pixel.square().mean().item() - 1) / math.sqrt(2 / per_pixel.numel()) if len(r) > 1 else 0.0
-    if shared > 3 * Z + 3:
+    mean, std = r.mean().item(), r.std().item()
+    if std == 0:
+        return "there is none"
+    centred = (r - mean) / std
+    per_pixel = centred.mean(0) * math.sqrt(len(r))  # standard normal too, if the images are independent
+    excess = (per_pixel.square().mean().item() - 1) / math.sqrt(2 / per_pixel.numel())
+    if len(r) > 1 and excess > 3 * Z:
         return "the same noise is added to every image of the batch; draw it with the shape of x"
-    if abs(mean) * math.sqrt(n) > Z * max(1.0, math.sqrt(variance)):
+    if abs(mean) * math.sqrt(n) > Z * max(1.0, std):
         return f"the noise has mean {mean:.3f} standard deviations instead of 0"
-    if abs(variance - 1) / math.sqrt(2 / n) > Z + 1:
-        return f"the noise has {variance:.3f} times the variance it should have"
-    kurtosis = (r - mean).pow(4).mean().item() / variance**2
-    if abs(kurtosis - 3) / math.sqrt(24 / n) > Z + 4:
+    if abs(std**2 - 1) / math.sqrt(2 / n) > Z + 1:
+        return f"the noise has {std**2:.3f} times the variance it should have"
+    if abs(centred.pow(4).mean().item() - 3) / math.sqrt(24 / n) > Z + 4:
         return "the noise is not normally distributed; use torch.randn"
+    if seen is not None:
+        other = seen.double() - seen.double().mean()
+        if abs((centred * other / other.std()).mean().item()) * math.sqrt(n) > Z:
+            return "part of the predicted noise is left in it, so the mean is off"
     return None
 
 

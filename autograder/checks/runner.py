@@ -110,7 +110,9 @@ def run_checks(
 @contextlib.contextmanager
 def _pytest_environment():
     """No plugins or options from outside: a student's or a developer's pytest set-up must not reach the checks."""
-    saved = {name: os.environ.get(name) for name in ("PYTEST_ADDOPTS", "PYTEST_PLUGINS", "PYTEST_DISABLE_PLUGIN_AUTOLOAD")}
+    saved = {
+        name: os.environ.get(name) for name in ("PYTEST_ADDOPTS", "PYTEST_PLUGINS", "PYTEST_DISABLE_PLUGIN_AUTOLOAD")
+    }
     os.environ.pop("PYTEST_ADDOPTS", None)
     os.environ.pop("PYTEST_PLUGINS", None)
     os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
@@ -181,7 +183,7 @@ def _verdict(error: BaseException | None) -> tuple[str, str]:
         return "passed", ""
     if isinstance(error, StudentError):
         if error.kind == "NotImplementedError":
-            return "todo", error.message if error.message.startswith("TODO") else f"TODO: {error.message}"
+            return "todo", f"TODO: {error.call} is still to be written"
         return "failed", str(error)
     if isinstance(error, (CheckFailed, ContractBroken)):
         return "failed", str(error)

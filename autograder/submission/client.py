@@ -82,7 +82,9 @@ class Submission:
         return cls(_SocketTransport(channel, deadline))
 
     @classmethod
-    def local(cls, namespace: dict[str, Any], student_file: Callable[[str], str | None] = lambda name: None) -> Submission:
+    def local(
+        cls, namespace: dict[str, Any], student_file: Callable[[str], str | None] = lambda name: None
+    ) -> Submission:
         """Use the classes in `namespace`, in this process."""
         return cls(_LocalTransport(namespace, student_file))
 

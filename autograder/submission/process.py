@@ -88,7 +88,9 @@ class WorkerProcess:
             self._control.receive(time.monotonic() + self.limits.start)
         except (EOFError, TimeoutError, Malformed, OSError):
             lines = self._stderr.decode(errors="replace").strip().splitlines()
-            raise WorkerFailed(f"the worker did not start ({self.sandbox.level}): {lines[-1] if lines else 'no reason given'}") from None
+            raise WorkerFailed(
+                f"the worker did not start ({self.sandbox.level}): {lines[-1] if lines else 'no reason given'}"
+            ) from None
         self._ready = True
 
     def close(self) -> None:
@@ -171,7 +173,9 @@ class WorkerProcess:
                 raise Malformed("no child")
         except (EOFError, OSError, TimeoutError, Malformed, KeyError):
             ours.close()
-            raise SubmissionDied("the submission's process is gone: a cell of the notebook ended or blocked it") from None
+            raise SubmissionDied(
+                "the submission's process is gone: a cell of the notebook ended or blocked it"
+            ) from None
         try:
             yield Submission.connect(channel, time.monotonic() + self.limits.check)
         finally:

@@ -39,7 +39,14 @@ class Sandbox:
         if self.level == "bwrap":
             return _bwrap(arguments)
         if self.level == "uid":
-            return ["setpriv", f"--reuid={_NOBODY}", f"--regid={_NOBODY}", "--clear-groups", "--no-new-privs", *arguments]
+            return [
+                "setpriv",
+                f"--reuid={_NOBODY}",
+                f"--regid={_NOBODY}",
+                "--clear-groups",
+                "--no-new-privs",
+                *arguments,
+            ]
         return arguments
 
     def environment(self) -> dict[str, str]:
@@ -80,7 +87,9 @@ def choose(level: str = "auto") -> Sandbox:
 
 def _candidates() -> Iterator[Sandbox]:
     yield Sandbox("bwrap", "")
-    yield Sandbox("uid", "submissions can read world-readable files and use the network; install bubblewrap to prevent it")
+    yield Sandbox(
+        "uid", "submissions can read world-readable files and use the network; install bubblewrap to prevent it"
+    )
     yield Sandbox(
         "none",
         "submissions run as your user and could read and change your files, the gradebook included; "

@@ -118,7 +118,9 @@ def _lower(value: Any, depth: int) -> Any:
     if isinstance(value, ScheduleReference):
         return msgpack.ExtType(_SCHEDULE, value.betas.double().numpy().tobytes())
     if isinstance(value, Figure):
-        return msgpack.ExtType(_FIGURE, msgpack.packb([value.png, [_lower(image, depth + 1) for image in value.images]]))
+        return msgpack.ExtType(
+            _FIGURE, msgpack.packb([value.png, [_lower(image, depth + 1) for image in value.images]])
+        )
     raise Unsendable(f"a {type(value).__name__} cannot be sent; expected tensors, numbers, strings, lists or dicts")
 
 
@@ -133,7 +135,9 @@ def _lower_key(key: Any) -> Any:
 def _lower_tensor(tensor: torch.Tensor) -> msgpack.ExtType:
     name = str(tensor.dtype).removeprefix("torch.")
     if name not in DTYPES or tensor.layout != torch.strided or tensor.is_meta:
-        raise Unsendable(f"a {tensor.layout} tensor of dtype {name} cannot be sent; expected a dense float or integer one")
+        raise Unsendable(
+            f"a {tensor.layout} tensor of dtype {name} cannot be sent; expected a dense float or integer one"
+        )
     plain = tensor.detach().cpu().contiguous()
     if name == "bfloat16":
         plain = plain.view(torch.int16)
@@ -247,7 +251,9 @@ class Channel:
         """
         (length,) = struct.unpack(">I", self._read(4, deadline))
         if length > MAX_MESSAGE:
-            raise Malformed(f"a message of {length / 2**20:.0f} MB was announced; at most {MAX_MESSAGE // 2**20} may be sent")
+            raise Malformed(
+                f"a message of {length / 2**20:.0f} MB was announced; at most {MAX_MESSAGE // 2**20} may be sent"
+            )
         return decode(self._read(length, deadline))
 
     def close(self) -> None:

@@ -156,7 +156,9 @@ class _CellRunner:
                     "output_type": "error",
                     "ename": description[0],
                     "evalue": description[1],
-                    "traceback": [": ".join(filter(None, description[:2])) + (f"  ({description[2]})" if description[2] else "")],
+                    "traceback": [
+                        ": ".join(filter(None, description[:2])) + (f"  ({description[2]})" if description[2] else "")
+                    ],
                 }
             )
         return {"cell": label, "outputs": self.outputs, "error": description}

@@ -26,6 +26,9 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(f"difflab: {error}", file=sys.stderr)
         return 2
+    except NotImplementedError as error:  # from an exercise that is not written yet
+        print(f"difflab: the notebook is not finished: {error}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print("difflab: interrupted; run the same command again to go on", file=sys.stderr)
         return 130
@@ -176,8 +179,9 @@ def _sample(arguments: argparse.Namespace) -> None:
         raise ValueError(f"--out must end in .png or .npz, got {arguments.out}")
     if arguments.out.exists() and not arguments.force:
         raise ValueError(f"{arguments.out} is already there; add --force to overwrite it, or give another --out")
-    if arguments.num_samples < 1 or arguments.batch_size < 1:
-        raise ValueError("--num-samples and --batch-size must be at least 1")
+    num_steps = 50 if arguments.num_steps is None else arguments.num_steps
+    if min(arguments.num_samples, arguments.batch_size, num_steps) < 1:
+        raise ValueError("--num-samples, --batch-size and --num-steps must be at least 1")
     if arguments.method == "ddpm" and (arguments.num_steps is not None or arguments.eta):
         raise ValueError("--num-steps and --eta belong to --method ddim; ddpm always takes every timestep")
     name = str(arguments.checkpoint)
@@ -188,7 +192,7 @@ def _sample(arguments: argparse.Namespace) -> None:
     )
     keywords = {}
     if arguments.method == "ddim":
-        keywords["timesteps"] = sampler.create_timestep_schedule(arguments.num_steps or 50)
+        keywords["timesteps"] = sampler.create_timestep_schedule(num_steps)
         keywords["eta"] = arguments.eta
 
     torch.manual_seed(arguments.seed)
@@ -196,16 +200,13 @@ def _sample(arguments: argparse.Namespace) -> None:
     sizes = [arguments.batch_size] * (arguments.num_samples // arguments.batch_size)
     sizes += [arguments.num_samples % arguments.batch_size] * (arguments.num_samples % arguments.batch_size > 0)
     batches = []
-    try:
-        with count_calls(model) as counter:
-            start = time.perf_counter()
-            for size in tqdm(sizes, unit="batch", disable=len(sizes) == 1):
-                x_T = torch.randn(size, 1, 28, 28, generator=rng).to(arguments.device)
-                batches.append(sampler.sample(tuple(x_T.shape), x_T=x_T, **keywords).cpu())
-            synchronize(arguments.device)
-            seconds = time.perf_counter() - start
-    except NotImplementedError as error:
-        raise ValueError(f"{arguments.notebook} is not finished: {error}") from None
+    with count_calls(model) as counter:
+        start = time.perf_counter()
+        for size in tqdm(sizes, unit="batch", disable=len(sizes) == 1):
+            x_T = torch.randn(size, 1, 28, 28, generator=rng).to(arguments.device)
+            batches.append(sampler.sample(tuple(x_T.shape), x_T=x_T, **keywords).cpu())
+        synchronize(arguments.device)
+        seconds = time.perf_counter() - start
     samples = torch.cat(batches)
     print(
         f"{len(samples)} samples in {seconds:.1f} s on {arguments.device}: "

@@ -36,9 +36,11 @@ def load_digits(num: int | None = None) -> tuple[Tensor, Tensor]:
 
 def mnist_root() -> Path | None:
     """The folder that holds MNIST in torchvision's layout, or None: $DIFFLAB_MNIST, then data/mnist, then the cache."""
+    parts = [f"{split}-{kind}-ubyte" for split in ("train", "t10k") for kind in ("images-idx3", "labels-idx1")]
     candidates = [os.environ.get("DIFFLAB_MNIST"), Path(__file__).resolve().parents[2] / "data" / "mnist", _cache()]
     for candidate in candidates:
-        if candidate and (Path(candidate) / "MNIST" / "raw").is_dir():
+        # a failed download leaves an empty or half-filled folder behind
+        if candidate and all((Path(candidate) / "MNIST" / "raw" / part).is_file() for part in parts):
             return Path(candidate)
     return None
 

@@ -49,10 +49,11 @@ def load_notebook(path: str | Path) -> dict[str, Any]:
         raise FileNotFoundError(f"no notebook at {path}")
     try:
         notebook = nbformat.read(path, as_version=nbformat.NO_CONVERT)
+        version = notebook.nbformat
     except Exception as error:
         raise ValueError(f"{path} is not a Jupyter notebook ({str(error).splitlines()[0][:100]})") from None
-    if notebook.nbformat != 4:
-        raise ValueError(f"{path} has notebook format {notebook.nbformat}; open it in JupyterLab and save it as format 4")
+    if version != 4:
+        raise ValueError(f"{path} has notebook format {version}; open it in JupyterLab and save it as format 4")
     namespace: dict[str, Any] = {"__name__": "notebook"}
     backend = matplotlib.get_backend()
     matplotlib.use("agg")

@@ -1,4 +1,7 @@
-"""Pictures of digits and curves. Everything returns a matplotlib Figure and shows nothing by itself."""
+"""Pictures of digits and curves.
+
+Everything returns a closed matplotlib Figure: as the last line of a cell it is shown once, and is shown nowhere else.
+"""
 
 from __future__ import annotations
 
@@ -36,6 +39,7 @@ def image_grid(images: Tensor, columns: int = 10, title: str = "", scale: float 
     axes.axis("off")
     if title:
         axes.set_title(title, fontsize=10)
+    plt.close(figure)
     return figure
 
 
@@ -51,12 +55,13 @@ def show_images(rows: Mapping[str, Tensor], column_titles: Sequence[str] = (), t
         axis.set_frame_on(False)
     for line, (label, images) in zip(axes, rows.items()):
         line[0].set_ylabel(label, fontsize=9)
-        for axis, image in zip(line, images.detach().float().cpu()):
+        for axis, image in zip(line, images.detach().float().cpu().numpy()):
             axis.imshow(image[0], cmap="gray", vmin=-1, vmax=1, interpolation="nearest")
     for axis, text in zip(axes[0], column_titles):
         axis.set_title(text, fontsize=9)
     if title:
         figure.suptitle(title, fontsize=10)
+    plt.close(figure)
     return figure
 
 
@@ -81,6 +86,7 @@ def curves(
     axes.grid(alpha=0.3)
     if len(lines) > 1:
         axes.legend(fontsize=8)
+    plt.close(figure)
     return figure
 
 

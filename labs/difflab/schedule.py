@@ -131,12 +131,7 @@ class NoiseSchedule:
         Raises:
             ValueError: if any t lies outside [-1, T - 1].
         """
-        t = torch.as_tensor(t)
-        if t.numel() and not bool(((t >= -1) & (t <= self.num_timesteps - 1)).all()):
-            raise ValueError(
-                f"t must lie between -1 (clean data) and {self.num_timesteps - 1}, "
-                f"got {t.min().item():g} ... {t.max().item():g}"
-            )
+        t = self._check_timestep(t)
         position = t.detach().cpu().double() + 1
         low = position.floor().long().clamp(0, self.num_timesteps - 1)
         fraction = position - low
@@ -151,8 +146,11 @@ class NoiseSchedule:
         """Half the log signal-to-noise ratio, lambda_t = log(sqrt(alpha_bar) / sqrt(1 - alpha_bar)), float64.
 
         The time variable of DPM-Solver (Lu et al. 2022, section 3.1). Infinite at t = -1.
+
+        Raises:
+            ValueError: if any t lies outside [-1, T - 1].
         """
-        alpha_bar = self._alpha_bar64(torch.as_tensor(t))
+        alpha_bar = self._alpha_bar64(self._check_timestep(t))
         return 0.5 * (alpha_bar.log() - torch.log1p(-alpha_bar))
 
     def t_of_lambda(self, lam: float | Tensor) -> Tensor:
@@ -177,6 +175,15 @@ class NoiseSchedule:
         below, above = log_table[high - 1], log_table[high]
         position = (high - 1) + (target - below) / (above - below)
         return (self.num_timesteps - position - 1).clamp(-1, self.num_timesteps - 1)
+
+    def _check_timestep(self, t: int | float | Tensor) -> Tensor:
+        t = torch.as_tensor(t)
+        if t.numel() and not bool(((t >= -1) & (t <= self.num_timesteps - 1)).all()):
+            raise ValueError(
+                f"t must lie between -1 (clean data) and {self.num_timesteps - 1}, "
+                f"got {t.min().item():g} ... {t.max().item():g}"
+            )
+        return t
 
     def _alpha_bar64(self, t: Tensor) -> Tensor:
         position = t.detach().cpu().double() + 1

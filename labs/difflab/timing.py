@@ -81,11 +81,11 @@ def count_calls(model: nn.Module) -> Iterator[CallCounter]:
     """Count the calls of `model` inside the block:  `with count_calls(model) as counter: ...; counter.calls`."""
     counter = CallCounter()
 
-    def hook(_module: nn.Module, args: tuple) -> None:
+    def hook(_module: nn.Module, args: tuple, keywords: dict[str, Any]) -> None:
         counter.calls += 1
-        counter.images += len(args[0])
+        counter.images += len((*args, *keywords.values())[0])
 
-    handle = model.register_forward_pre_hook(hook)
+    handle = model.register_forward_pre_hook(hook, with_kwargs=True)
     try:
         yield counter
     finally:

@@ -54,9 +54,7 @@ class Epoch(NamedTuple):
     model: nn.Module  # the averaged (EMA) weights, in eval mode
 
 
-def noise_prediction_loss(
-    model: nn.Module, schedule: NoiseSchedule, x_0: Tensor, t: Tensor, eps: Tensor
-) -> Tensor:
+def noise_prediction_loss(model: nn.Module, schedule: NoiseSchedule, x_0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
     """Squared error of the predicted noise for each image (Ho et al. 2020, equation 14): shape [B]."""
     alpha_bar = schedule.alpha_bar(t)[:, None, None, None]
     x_t = alpha_bar.sqrt() * x_0 + (1 - alpha_bar).sqrt() * eps

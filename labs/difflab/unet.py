@@ -123,7 +123,7 @@ class UNet(nn.Module):
             nn.Linear(time_dim, embedding_dim), nn.SiLU(), nn.Linear(embedding_dim, embedding_dim), nn.SiLU()
         )
         lowest = channels[-1]
-        heads = max(1, lowest // 32)
+        heads = math.gcd(max(1, lowest // 32), lowest)  # heads must divide the channels
 
         def maybe_attention(level: int) -> nn.Module:
             return Attention(lowest, heads) if attention and level == len(channels) - 1 else nn.Identity()

@@ -69,7 +69,9 @@ def _hold_schedule(sampler, kind: str, num_timesteps: int, num_steps: int) -> to
     if any(a <= b for a, b in zip(entries, entries[1:])):
         expect.fail(f"{call} should fall strictly; it repeats or rises: a repeated timestep wastes a network call")
     if entries[0] != num_timesteps - 1:
-        expect.fail(f"{call} should start at T − 1 = {num_timesteps - 1}, the noise that x_T has; it starts at {entries[0]}")
+        expect.fail(
+            f"{call} should start at T − 1 = {num_timesteps - 1}, the noise that x_T has; it starts at {entries[0]}"
+        )
     if num_steps > 1 and entries[-1] != 0:
         expect.fail(f"{call} should end at 0, the cleanest timestep; it ends at {entries[-1]}")
     return timesteps
@@ -114,9 +116,13 @@ def test_ddim_quadratic_schedule(submission, rng):
         if (timesteps - ideal).abs().max() > 1.01:
             mirrored = (total - 1) - _ideal(total, num_steps, 2).flip(0)
             if (timesteps - mirrored).abs().max() < 3:
-                expect.fail("the quadratic schedule is dense near T − 1; it should be dense near 0, where detail is made")
+                expect.fail(
+                    "the quadratic schedule is dense near T − 1; it should be dense near 0, where detail is made"
+                )
             if (timesteps - _ideal(total, num_steps, 1)).abs().max() < 1.01:
-                expect.fail("the quadratic schedule equals the uniform one; space the square roots of the timesteps evenly")
+                expect.fail(
+                    "the quadratic schedule equals the uniform one; space the square roots of the timesteps evenly"
+                )
             worst = int((timesteps - ideal).abs().argmax())
             expect.fail(
                 f"the quadratic schedule of {num_steps} steps (T = {total}) has {int(timesteps[worst])} where "
@@ -156,7 +162,9 @@ def test_ddim_deterministic_step(submission, rng):
             expect.fail(f"ddim_step should call the network once; it called it {len(network.calls)} times.")
         x_seen, t_seen, eps = network.calls[0]
         if bool((t_seen != t).any()):
-            expect.fail(f"ddim_step from t = {t} to s = {s} asked the network about timestep {t_seen[0].item():g}, not t.")
+            expect.fail(
+                f"ddim_step from t = {t} to s = {s} asked the network about timestep {t_seen[0].item():g}, not t."
+            )
         expect.same(x_seen, x_t, "ddim_step should show the network x_t itself.")
         x, e, a_t, a_s = x_t.double(), eps.double(), c.alpha_bar(t), c.alpha_bar(s)
         x_0 = c.predict_x0(x, e, t)
@@ -182,7 +190,9 @@ def test_ddim_deterministic_step(submission, rng):
         if own is None or not expect.is_close(x_s, c.ddim_mean(own, e, t, s), 1e-4, atol):
             expect.close(x_s, expected, f"ddim_step from t = {t} to s = {s}", mistakes, 1e-4, atol)
         again = expect.tensor(sampler.ddim_step(x_t, t, s, 0.0), "ddim_step with eta=0.0", x_t.shape)
-        expect.same(again, x_s, f"ddim_step(x_t, {t}, {s}, eta=0.0) gives another result the second time: η = 0 is exact.")
+        expect.same(
+            again, x_s, f"ddim_step(x_t, {t}, {s}, eta=0.0) gives another result the second time: η = 0 is exact."
+        )
     for t, s, what in ((50, 50, "s = t"), (50, 60, "s > t"), (50, -2, "s < −1")):
         with expect.raises_value_error(f"ddim_step with {what}"):
             sampler.ddim_step(x_t, t, s)
@@ -205,27 +215,35 @@ def test_ddim_eta_step(submission, rng):
     sampler = submission.DDIMSampler(network, schedule)
     last = schedule.num_timesteps - 1
     x_t = images(rng, 32, 1, 28, 28)
-    t, s = _pairs(last, rng)[0]
-    for t, s, eta in ((t, s, 1.0), (t, t - 1, 1.0), (t, s, 0.5), (last, s, 0.7), (s, -1, 1.0)):
+    high, low = _pairs(last, rng)[0]
+    for t, s, eta in ((high, low, 1.0), (high, high - 1, 1.0), (high, low, 0.5), (last, low, 0.7), (low, -1, 1.0)):
         network.calls.clear()
-        x_s = expect.tensor(sampler.ddim_step(x_t, t, s, eta), f"ddim_step(x_t, {t}, {s}, {eta})", x_t.shape)
+        x_s = sampler.ddim_step(x_t, t, s, eta)
+        if s == -1 and isinstance(x_s, torch.Tensor) and bool(x_s.double().isnan().any()):
+            expect.fail(
+                f"ddim_step from t = {t} to s = −1 with η = {eta} gives NaN: ᾱ_(−1) is 1 there, and σ is 0; "
+                "alphas_cumprod[−1] wraps to the noisiest timestep."
+            )
+        x_s = expect.tensor(x_s, f"ddim_step(x_t, {t}, {s}, {eta})", x_t.shape)
         if len(network.calls) != 1:
-            expect.fail(f"ddim_step should call the network once; with η = {eta} it called it {len(network.calls)} times.")
+            expect.fail(
+                f"ddim_step should call the network once; with η = {eta} it called it {len(network.calls)} times."
+            )
         eps = network.calls[0][2]
         variance = c.ddim_variance(t, s, eta)
         truth = c.predict_x0(x_t, eps, t)
         own = _own_x0(sampler, x_t, eps, t)
         candidates = [truth] if own is None else [truth, own.double()]
-        if any(_eta_problem(x_s, c.ddim_mean(x_0, eps, t, s, eta), variance) is None for x_0 in candidates):
+        if any(_eta_problem(x_s, c.ddim_mean(x_0, eps, t, s, eta), variance, eps) is None for x_0 in candidates):
             continue
         _explain_eta(c, x_s, candidates[-1], eps.double(), t, s, eta)
 
 
-def _eta_problem(x_s, mean, variance) -> str | None:
+def _eta_problem(x_s, mean, variance, eps) -> str | None:
     deviation = x_s.double() - mean
     if variance == 0:
         return None if deviation.abs().max() < 1e-2 else "the jump to clean data (s = −1) must not add noise"
-    return expect.noise_problem(deviation / variance.sqrt())
+    return expect.noise_problem(deviation / variance.sqrt(), eps)
 
 
 def _explain_eta(c, x_s, x_0, eps, t, s, eta):
@@ -238,13 +256,15 @@ def _explain_eta(c, x_s, x_0, eps, t, s, eta):
     straight = a_s.sqrt() * x_0 + (1 - a_s).sqrt() * eps
 
     def fits(mean, var) -> bool:
-        return var > 0 and expect.noise_problem((x_s.double() - mean) / var.sqrt()) is None
+        return var > 0 and _eta_problem(x_s, mean, var, eps) is None
 
     def mean(var):
         return a_s.sqrt() * x_0 + (1 - a_s - var).clamp(min=0).sqrt() * eps
 
     if (x_s.double() - straight).abs().max() < 1e-3 or (x_s.double() - mean(variance)).abs().max() < 1e-3:
         expect.fail(f"{where} adds no noise: η is ignored, or σ is always 0.")
+    if any(fits(a_s.sqrt() * x_0, var) for var in (variance, unit)):
+        expect.fail(f"{where}: the direction √(1 − ᾱ_s − σ²) ε, back to the noise level of s, is missing.")
     if fits(straight, variance):
         expect.fail(
             f"{where}: the noise is right, but the direction keeps √(1 − ᾱ_s); it must shrink to √(1 − ᾱ_s − σ²), "
@@ -262,7 +282,7 @@ def _explain_eta(c, x_s, x_0, eps, t, s, eta):
     ):
         if any(fits(m, var) for m in (mean(var), mean(variance), straight)):
             expect.fail(f"{where}: {mistake}.")
-    problem = expect.noise_problem((x_s.double() - mean(variance)) / variance.sqrt())
+    problem = _eta_problem(x_s, mean(variance), variance, eps)
     expect.fail(f"{where}: around the mean √ᾱ_s x̂_0 + √(1 − ᾱ_s − σ²) ε, {problem}.")
 
 
@@ -296,7 +316,9 @@ def test_ddim_sample(submission, rng):
         expect.same(network.calls[0][0], x_T, "sample should start from the x_T it is given.")
         if not isinstance(trajectory, list) or len(trajectory) != len(wanted) + 1:
             count = len(trajectory) if isinstance(trajectory, list) else "no"
-            expect.fail(f"the trajectory should hold {len(wanted) + 1} states, x_T and one after each step; it holds {count}.")
+            expect.fail(
+                f"the trajectory should hold {len(wanted) + 1} states, x_T and one after each step; it holds {count}."
+            )
         states = [expect.tensor(state, "a state of the trajectory", shape) for state in trajectory]
         expect.same(states[0], x_T, "the trajectory should start with x_T.")
         expect.same(states[-1], samples, "the trajectory should end with the samples that are returned.")

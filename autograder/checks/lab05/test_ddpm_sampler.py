@@ -38,7 +38,8 @@ def test_ddpm_posterior_mean(submission, rng):
             "√α_t multiplied instead of divided by": (x - b / (1 - ab).sqrt() * e) * a.sqrt(),
             "1 − α_t in place of 1 − ᾱ_t under the root": (x - b / (1 - a).sqrt() * e) / a.sqrt(),
             "the estimate x̂_0 in place of the mean of x_{t−1}": c.predict_x0(x, e, t),
-            "the DDIM step in place of the DDPM mean": c.alpha_bar(torch.as_tensor(t) - 1).sqrt() * c.predict_x0(x, e, t)
+            "the DDIM step in place of the DDPM mean": c.alpha_bar(torch.as_tensor(t) - 1).sqrt()
+            * c.predict_x0(x, e, t)
             + (1 - c.alpha_bar(torch.as_tensor(t) - 1)).sqrt() * e,
         }
         if isinstance(t, torch.Tensor):
@@ -80,16 +81,17 @@ def test_ddpm_posterior_variance(submission, rng):
             "the logarithm of the variance": true.clamp(min=1e-20).log(),
         }
 
-    for t in (last, middle, 30):
+    # Small t first: there the mistakes are far apart. Float32 has few digits of 1 − ᾱ_t there, hence the tolerance.
+    for t, rtol in ((5, 2e-3), (1, 2e-3), (30, 1e-4), (middle, 1e-4), (last, 1e-4)):
         value = expect.tensor(sampler.compute_posterior_variance(t), "the variance for an int t", ())
-        expect.close(value, c.posterior_variance(t), f"the posterior variance at t = {t}", mistakes(t), 1e-4, 1e-12)
-    for t in (1, 5):
-        value = expect.tensor(sampler.compute_posterior_variance(t), "the variance for an int t", ())
-        expect.close(value, c.posterior_variance(t), f"the posterior variance at t = {t}", mistakes(t), 2e-3, 1e-12)
+        expect.close(value, c.posterior_variance(t), f"the posterior variance at t = {t}", mistakes(t), rtol, 1e-12)
     value = expect.tensor(sampler.compute_posterior_variance(0), "the variance at t = 0", ())
     if value.item() != 0:
-        expect.close(value, torch.zeros(()), "the posterior variance at t = 0", mistakes(0), 1e-4, 0)
-        expect.fail(f"the posterior variance at t = 0 must be exactly 0 (no noise in the last step), got {value.item():.3g}")
+        if abs(value.item()) > 1e-9:
+            expect.close(value, torch.zeros(()), "the posterior variance at t = 0", mistakes(0), 1e-4, 0)
+        expect.fail(
+            f"the posterior variance at t = 0 must be exactly 0 (no noise in the last step), got {value.item():.3g}"
+        )
     several = torch.tensor([0, last, middle, 0, 30])
     value = expect.tensor(sampler.compute_posterior_variance(several), "the variance for a LongTensor [B]", (5,))
     true = torch.stack([c.posterior_variance(int(t)) for t in several])
@@ -107,7 +109,7 @@ def test_ddpm_step(submission, rng):
     sampler = submission.DDPMSampler(network, schedule)
     last = schedule.num_timesteps - 1
     x_t = images(rng, 32, 1, 28, 28)
-    for t in (last, int(torch.randint(30, last, (), generator=rng)), 30, 0):
+    for t in (last, int(torch.randint(30, last, (), generator=rng)), 3, 0):
         network.calls.clear()
         x_s = expect.tensor(sampler.ddpm_step(x_t, t), f"ddpm_step at t = {t}", x_t.shape)
         if len(network.calls) != 1:
@@ -128,7 +130,7 @@ def _hold_step(submission, schedule, network, x_t, t, eps, x_s):
     for m, v in ((mean, variance), (own_mean, own_variance), (mean, own_variance), (own_mean, variance)):
         if m is None or v is None:
             continue
-        problem = _step_problem(x_s, m, v, t)
+        problem = _step_problem(x_s, m, v, eps)
         if problem is None:
             return
         problems.append(problem)
@@ -160,15 +162,15 @@ def _own_methods(submission, schedule, network, x_t, t, eps):
     return mean, variance
 
 
-def _step_problem(x_s, mean, variance, t) -> str | None:
+def _step_problem(x_s, mean, variance, eps) -> str | None:
     deviation = x_s.double() - mean
-    if t == 0 or variance == 0:
+    if variance == 0:
         if deviation.abs().max() > 3e-3:
             size = deviation.std().item()
             return f"the result should be the mean itself, without noise (it differs by {size:.3g})"
         return None
     std = variance.sqrt()
-    problem = expect.noise_problem(deviation / std)
+    problem = expect.noise_problem(deviation / std, eps)
     return problem and f"x_(t−1) should be mean + √β̃_t · noise, but {problem}"
 
 
@@ -222,7 +224,7 @@ def _hold_transition(submission, schedule, sampler, network, x_t, t, x_s):
     c = Coefficients(schedule)
     eps = network.predict(x_t, torch.full((len(x_t),), t))
     mean, variance = c.posterior_mean(x_t, t, eps), c.posterior_variance(t)
-    problem = _step_problem(x_s, mean, variance, t)
+    problem = _step_problem(x_s, mean, variance, eps)
     if problem is None:
         return
     try:

@@ -58,7 +58,9 @@ def test_forward_trajectory(submission, rng):
     for timesteps in ([0, last // 3, last], [last // 2]):
         figure = process.demonstrate_forward_trajectory(x_0, timesteps)
         if not isinstance(figure, Figure):
-            expect.fail("demonstrate_forward_trajectory should return the matplotlib Figure it draws (`return figure`).")
+            expect.fail(
+                "demonstrate_forward_trajectory should return the matplotlib Figure it draws (`return figure`)."
+            )
         if len(figure.images) != len(timesteps):
             expect.fail(
                 f"for {len(timesteps)} timestep(s) the figure holds {len(figure.images)} images; expected one for each, "

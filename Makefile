@@ -1,0 +1,41 @@
+# Two commands to start with: `make demo` grades an example class, `make test` runs everything.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+# Offline tests and demos must not wait for a network; progress bars belong on screens.
+export DIFFLAB_OFFLINE := 1
+
+.PHONY: help demo test test-fast notebooks benchmark lint clean
+
+help:  ## list the commands
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+demo: $(VENV)/installed  ## grade an example class of seven with nbgrader's own commands
+	$(BIN)/python -m autograder.demo
+
+test: $(VENV)/installed  ## everything: tests, every solution replayed, freshness of what is generated
+	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+	$(BIN)/python -m pytest -q tests
+	TQDM_DISABLE=1 $(BIN)/python -m pytest -q -p no:cacheprovider --nbval --nbval-sanitize-with solutions/nbval_sanitize.cfg solutions
+
+test-fast: $(VENV)/installed  ## the loop for daily work, without notebooks and classes
+	$(BIN)/ruff check . && $(BIN)/python -m pytest -q -m "not slow" tests
+
+notebooks: $(VENV)/installed  ## build and execute every notebook, and the rubric, from solutions/*.py
+	$(BIN)/python -m autograder build
+	$(BIN)/python -m autograder picture
+
+benchmark: $(VENV)/installed  ## time and memory of grading one notebook
+	$(BIN)/python benchmarks/grading.py
+
+lint: $(VENV)/installed  ## format the code and check it
+	$(BIN)/ruff format . && $(BIN)/ruff check --fix .
+
+clean:  ## remove the environment and everything generated locally
+	rm -rf $(VENV) demo build dist *.egg-info
+
+$(VENV)/installed: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[grading,dev]"
+	touch $@

@@ -1,0 +1,63 @@
+"""Shared by the project's tests: the course folder, and submissions made from a lab's script."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import nbformat
+import pytest
+import torch
+from nbformat import NotebookNode
+
+from autograder.authoring import solution_notebook
+from autograder.checks.runner import CheckResult, run_checks
+from autograder.notebooks import to_run
+from autograder.submission.client import Submission
+
+torch.set_num_threads(1)  # small tensors: more threads only get in each other's way
+
+COURSE = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="session")
+def course() -> Path:
+    """The repository's root."""
+    return COURSE
+
+
+@functools.cache
+def _solution(lab: str) -> str:
+    return nbformat.writes(solution_notebook(COURSE / "solutions" / f"{lab}.py"))
+
+
+@pytest.fixture(scope="session")
+def solution() -> Callable[[str], NotebookNode]:
+    """solution("lab05_sampling"): a fresh copy of the solution notebook, without outputs."""
+    return lambda lab: nbformat.reads(_solution(lab), as_version=4)
+
+
+@pytest.fixture(scope="session")
+def student(course) -> Callable[[str], NotebookNode]:
+    """student("lab05_sampling"): a fresh copy of the notebook students receive."""
+    return lambda lab: nbformat.read(course / "labs" / lab / f"{lab}.ipynb", as_version=4)
+
+
+@pytest.fixture(scope="session")
+def check_here() -> Callable[[NotebookNode, str], dict[str, CheckResult]]:
+    """check_here(notebook, lab): run its cells in this process, then all checks of the lab; results by name."""
+
+    def check(notebook: NotebookNode, lab: str, seed: int | None = None) -> dict[str, CheckResult]:
+        namespace: dict = {"__name__": "submission"}
+        for _, label, source in to_run(notebook):
+            exec(compile(source, label, "exec"), namespace)
+
+        @contextlib.contextmanager
+        def open_submission() -> Iterator[Submission]:
+            yield Submission.local(namespace)
+
+        return {result.name: result for result in run_checks(lab, open_submission, seed=seed)}
+
+    return check

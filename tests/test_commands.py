@@ -1,0 +1,238 @@
+"""Does the command line do what it says, and say in one line what it will not do?"""
+
+import matplotlib.pyplot as plt
+import nbformat
+import numpy as np
+import pytest
+import torch
+from nbformat.v4 import new_code_cell, new_notebook
+
+from difflab import datasets, metrics
+from difflab.__main__ import main
+from difflab.checkpoints import load_checkpoint, save_checkpoint
+from difflab.schedule import NoiseSchedule
+from difflab.unet import UNet
+
+TIMESTEPS = 25
+
+# Samplers that call the network as often as real ones would and return plain grey: eta for DDIM, white for DDPM.
+SAMPLERS = """
+import torch
+
+class DDPMSampler:
+    def __init__(self, model, schedule):
+        self.model, self.schedule = model, schedule
+
+    @torch.no_grad()
+    def sample(self, shape, x_T):
+        for t in reversed(range(self.schedule.num_timesteps)):
+            self.model(x_T, torch.full((shape[0],), t))
+        return torch.ones(shape)
+
+class DDIMSampler(DDPMSampler):
+    def create_timestep_schedule(self, num_steps):
+        return list(range(num_steps))
+
+    @torch.no_grad()
+    def sample(self, shape, timesteps, eta=0.0, x_T=None):
+        for t in timesteps:
+            self.model(x_T, torch.full((shape[0],), t))
+        return torch.full(shape, float(eta))
+"""
+
+
+def _write_notebook(path, *cells):
+    nbformat.write(new_notebook(cells=[new_code_cell(cell) for cell in cells]), path)
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """A folder with a notebook of samplers, lab.ipynb, and a checkpoint, tiny.safetensors; commands run in it."""
+    monkeypatch.chdir(tmp_path)
+    _write_notebook(tmp_path / "lab.ipynb", SAMPLERS)
+    save_checkpoint(tmp_path / "tiny.safetensors", UNet((8, 8), time_dim=8), NoiseSchedule.scaled_linear(TIMESTEPS))
+    return tmp_path
+
+
+def _sample(*arguments: str) -> int:
+    """`difflab sample`, five samples on the CPU unless told otherwise."""
+    start = ["sample", "--from", "lab.ipynb", "--checkpoint", "tiny.safetensors", "--device", "cpu"]
+    return main([*start, "--num-samples", "5", *arguments])
+
+
+def _refused(status: int, capsys) -> str:
+    """The one-line error of a refused command."""
+    assert status == 2
+    output = capsys.readouterr()
+    lines = output.err.splitlines()
+    assert len(lines) == 1 and lines[0].startswith("difflab: "), output.err
+    assert "written to" not in output.out
+    return lines[0]
+
+
+def _classifier() -> metrics.Classifier:
+    torch.manual_seed(0)
+    return metrics.Classifier().eval()
+
+
+# -- sample -----------------------------------------------------------------------------------------------------
+
+
+def test_sample_draws_with_the_notebooks_sampler(folder, capsys):
+    """Are five grey digits written, and are the network calls those of three DDIM steps?"""
+    assert _sample("--num-steps", "3", "--eta", "0.5", "--out", "new/grid.png") == 0
+    out = capsys.readouterr().out
+    assert "5 samples in " in out and "on cpu: 3 network calls for each of 1 batches" in out
+    assert "written to " in out
+    picture = plt.imread(folder / "new" / "grid.png")
+    assert picture.shape[:2] == (3 * (28 + 4), 3 * (5 * 30 + 2))
+    assert picture[48, 48, 0] == pytest.approx(0.75, abs=1 / 255)
+    assert picture[0, 0, 0] == 1
+
+
+def test_sample_takes_fifty_steps_unless_told(folder, capsys):
+    assert _sample() == 0
+    assert "50 network calls" in capsys.readouterr().out
+    assert (folder / "samples.png").exists()
+
+
+def test_ddpm_takes_every_timestep(folder, capsys):
+    assert _sample("--method", "ddpm") == 0
+    assert f": {TIMESTEPS} network calls for each of 1 batches" in capsys.readouterr().out
+
+
+def test_calls_are_counted_per_batch(folder, capsys):
+    assert _sample("--num-steps", "3", "--batch-size", "2", "--out", "grid.png") == 0
+    assert "5 samples in " in (out := capsys.readouterr().out)
+    assert "3 network calls for each of 3 batches" in out
+
+
+def test_seed_decides_the_starting_noise(folder, capsys):
+    """Is x_T, returned here as the sample, the same for the same seed and another for another?"""
+    _write_notebook(folder / "lab.ipynb", SAMPLERS, "DDIMSampler.sample = lambda self, shape, timesteps, eta, x_T: x_T")
+    for name, seed in (("a", "1"), ("b", "1"), ("c", "2")):
+        assert _sample("--seed", seed, "--out", f"{name}.png") == 0
+    a, b, c = (plt.imread(folder / f"{name}.png") for name in "abc")
+    assert np.array_equal(a, b)
+    assert not np.array_equal(a, c)
+
+
+def test_npz_holds_bytes_and_the_classifiers_labels(folder, monkeypatch):
+    monkeypatch.setattr(metrics, "load_classifier", _classifier)
+    assert _sample("--eta", "0.5", "--out", "set.npz") == 0
+    with np.load(folder / "set.npz") as file:
+        images, labels = file["images"], file["labels"]
+    assert images.shape == (5, 28, 28) and images.dtype == np.uint8
+    assert set(images.ravel().tolist()) == {191}  # (0.5 + 1) * 127.5 = 191.25
+    label = _classifier()(torch.full((1, 1, 28, 28), 0.5)).argmax().item()
+    assert labels.tolist() == [label] * 5
+    assert not list(folder.glob("*.tmp*"))
+
+
+def test_nothing_is_overwritten_without_force(folder, capsys):
+    (folder / "grid.png").write_text("precious")
+    assert "already there; add --force" in _refused(_sample("--out", "grid.png"), capsys)
+    assert (folder / "grid.png").read_text() == "precious"
+    assert _sample("--out", "grid.png", "--force") == 0
+    assert plt.imread(folder / "grid.png").shape[0] == 96
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--out", "grid.jpg"], "--out must end in .png or .npz, got grid.jpg"),
+        (["--method", "ddpm", "--num-steps", "10"], "belong to --method ddim; ddpm always takes every timestep"),
+        (["--method", "ddpm", "--eta", "0.5"], "belong to --method ddim"),
+        (["--num-samples", "0"], "must be at least 1"),
+        (["--batch-size", "0"], "must be at least 1"),
+        (["--num-steps", "0"], "must be at least 1"),
+        (["--checkpoint", "nothing.safetensors"], "no checkpoint at nothing.safetensors"),
+        (["--checkpoint", "no-such-model"], "no-such-model.safetensors is not in "),
+        (["--checkpoint", "broken.safetensors"], "broken.safetensors is not a readable safetensors file"),
+        (["--from", "nothing.ipynb"], "no notebook at nothing.ipynb"),
+        (["--from", "empty.ipynb"], "empty.ipynb defines no class DDIMSampler"),
+        (["--from", "empty.ipynb", "--method", "ddpm"], "empty.ipynb defines no class DDPMSampler"),
+        (["--from", "tiny.safetensors"], "tiny.safetensors is not a Jupyter notebook"),
+    ],
+)
+def test_what_cannot_be_sampled_is_refused(folder, capsys, arguments, message):
+    (folder / "broken.safetensors").write_bytes(b"broken")
+    _write_notebook(folder / "empty.ipynb", "a = 1")
+    assert message in _refused(_sample(*arguments), capsys)
+    assert not list(folder.glob("samples.*"))
+
+
+@pytest.mark.parametrize("method", ["__init__", "create_timestep_schedule", "sample"])
+def test_an_unfinished_notebook_is_an_error_of_one_line(folder, capsys, method):
+    """Whatever is not written yet: is the student told so, without a traceback?"""
+    stub = f"def stub(self, *args, **keywords):\n    raise NotImplementedError('write me')\nDDIMSampler.{method} = stub"
+    _write_notebook(folder / "lab.ipynb", SAMPLERS, stub)
+    assert "is not finished: write me" in _refused(_sample(), capsys)
+
+
+def test_an_interrupted_command_says_so(folder, capsys):
+    stub = "def stub(self, *args, **keywords):\n    raise KeyboardInterrupt\nDDIMSampler.sample = stub"
+    _write_notebook(folder / "lab.ipynb", SAMPLERS, stub)
+    assert _sample() == 130
+    assert capsys.readouterr().err == "difflab: interrupted; run the same command again to go on\n"
+
+
+# -- train and evaluate -----------------------------------------------------------------------------------------
+
+
+def _train(monkeypatch, *arguments: str) -> int:
+    images = torch.rand(16, 1, 28, 28, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    monkeypatch.setattr(datasets, "load_mnist", lambda split: (images, torch.zeros(16).long()))
+    start = ["train", "--out", "run", "--channels", "8", "8", "--time-dim", "8", "--epochs", "1", "--batch-size", "8"]
+    return main([*start, "--device", "cpu", *arguments])
+
+
+def test_train_writes_a_model_that_sample_takes(folder, capsys, monkeypatch):
+    assert _train(monkeypatch, "--timesteps", "22", "--samples-from", "lab.ipynb") == 0
+    out = capsys.readouterr().out
+    assert "NoiseSchedule(scaled_linear, num_timesteps=22" in out and "epoch 1/1: training loss" in out
+    path = folder / "run" / "checkpoints" / "model_latest.safetensors"
+    model, schedule, _ = load_checkpoint(path)
+    assert model.config["channels"] == [8, 8]
+    assert schedule.config == {"kind": "scaled_linear", "num_timesteps": 22}
+    assert plt.imread(folder / "run" / "samples" / "epoch_001.png").shape[:2] == (3 * 242, 3 * 242)
+    assert _sample("--checkpoint", str(path), "--num-steps", "3") == 0
+
+
+def test_train_names_an_unfinished_notebook(folder, capsys, monkeypatch):
+    stub = "def stub(self, *args):\n    raise NotImplementedError('write me')\nDDIMSampler.__init__ = stub"
+    _write_notebook(folder / "lab.ipynb", SAMPLERS, stub)
+    assert _train(monkeypatch, "--timesteps", "22", "--samples-from", "lab.ipynb") == 2
+    assert "is not finished: write me" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_train_refuses_an_impossible_schedule(folder, capsys, monkeypatch):
+    assert "scaled_linear needs more than 20 timesteps, got 20" in _refused(
+        _train(monkeypatch, "--timesteps", "20"), capsys
+    )
+    assert not (folder / "run").exists()
+
+
+@pytest.mark.parametrize(("arguments", "n"), [([], 6), (["--num", "4"], 4)])
+def test_evaluate_measures_the_images_of_a_file(folder, capsys, monkeypatch, arguments, n):
+    grey = np.random.default_rng(0).integers(0, 256, (6, 28, 28), dtype=np.uint8)
+    np.savez(folder / "set.npz", images=grey)
+    monkeypatch.setattr(metrics, "load_classifier", lambda device: _classifier())
+    monkeypatch.setattr(metrics, "reference_statistics", lambda: (torch.zeros(128), torch.eye(128)))
+    assert main(["evaluate", "set.npz", *arguments]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith(f"n = {n}: Fréchet ")
+    if n == 6:
+        images = torch.from_numpy(grey).float()[:, None] / 127.5 - 1
+        assert out.strip() == str(metrics.quality(images, _classifier()))
+
+
+def test_evaluate_needs_its_file(folder, capsys):
+    assert "nothing.npz" in _refused(main(["evaluate", "nothing.npz"]), capsys)
+
+
+def test_a_command_is_required(capsys):
+    with pytest.raises(SystemExit) as error:
+        main([])
+    assert error.value.code == 2
+    assert "COMMAND" in capsys.readouterr().err
