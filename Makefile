@@ -3,8 +3,6 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
-# Offline tests and demos must not wait for a network; progress bars belong on screens.
-export DIFFLAB_OFFLINE := 1
 
 .PHONY: help demo test test-fast notebooks benchmark lint clean
 

@@ -191,15 +191,16 @@ def sanitise(submitted: NotebookNode, release: NotebookNode) -> NotebookNode:
             if twin is not None and "demo" in twin.metadata.get("tags", []):
                 restored.metadata["tags"] = ["demo"]
                 restored["outputs"] = cell.get("outputs", [])
-        restored["id"] = cell["id"]
+        restored["id"] = original["id"] if original is not None else cell["id"]
         cells.append(restored)
     for position, cell in enumerate(release.cells):
         name = grade_id(cell)
         if name and name not in seen and not _is_plain_solution(cell):
-            before = [grade_id(c) for c in release.cells[:position] if grade_id(c)]
-            places = [i for i, c in enumerate(cells) if grade_id(c) in before]
-            cells.insert(max(places, default=-1) + 1, _restore(cell, cell))
-            cells[max(places, default=-1) + 1]["id"] = cell["id"]
+            before = {c["id"] for c in release.cells[:position]}
+            places = [i for i, c in enumerate(cells) if c["id"] in before]
+            put_back = _restore(cell, cell)
+            put_back["id"] = cell["id"]
+            cells.insert(max(places, default=-1) + 1, put_back)
     _make_ids_unique(cells)
     notebook = nbformat.v4.new_notebook(cells=cells, metadata=release.metadata)
     notebook.nbformat_minor = 5

@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 import torch
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from difflab import datasets, metrics
 from difflab.checkpoints import data_path, load_checkpoint

@@ -1,0 +1,102 @@
+"""nbgrader's own commands, unchanged, on a class: the same scores as the command line, and people still asked."""
+
+from __future__ import annotations
+
+import csv
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import nbformat
+import pytest
+
+from autograder.demo import CLASS
+from autograder.demo import main as demo
+from autograder.grading import grade
+from autograder.notebooks import grade_id, is_graded
+
+LAB = "lab05_sampling"
+pytestmark = pytest.mark.slow
+
+
+def _nbgrader(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
+    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    return subprocess.run(
+        [sys.executable, "-m", "nbgrader", *arguments], cwd=folder, env=environment, capture_output=True, text=True
+    )
+
+
+@pytest.fixture(scope="module")
+def graded_class(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("demo") / "course"
+    demo(folder)
+    return folder
+
+
+def test_scores_of_the_example_class(graded_class):
+    with open(graded_class / "grades.csv", newline="") as file:
+        scores = {row["student_id"]: float(row["score"]) for row in csv.DictReader(file)}
+    assert scores == {"amira": 62, "boris": 0, "chen": 30, "dara": 55, "emeka": 48, "freya": 55, "goran": 56}
+    assert scores.keys() == CLASS.keys()
+
+
+def test_the_command_line_agrees_with_nbgrader(graded_class):
+    for student in ("chen", "emeka"):
+        autograded = nbformat.read(graded_class / "autograded" / student / LAB / f"{LAB}.ipynb", as_version=4)
+        verdicts = {grade_id(c): c.outputs[0].output_type == "stream" for c in autograded.cells if is_graded(c)}
+        report = grade(graded_class / "submitted" / student / LAB / f"{LAB}.ipynb")
+        assert {c.name: c.status == "passed" for c in report.checks} == verdicts
+
+
+def test_manual_tasks_wait_for_a_person(graded_class):
+    from nbgrader.api import Gradebook
+
+    with Gradebook(f"sqlite:///{graded_class / 'gradebook.db'}") as gradebook:
+        submission = gradebook.find_submission(LAB, "amira")
+        grades = {grade.name: grade for notebook in submission.notebooks for grade in notebook.grades}
+        assert submission.needs_manual_grade
+        for task in ("written_analysis", "code_quality"):
+            assert grades[task].needs_manual_grade and grades[task].auto_score is None
+        assert not grades["ddpm_step"].needs_manual_grade and grades["ddpm_step"].auto_score == 6
+
+
+def test_feedback_shows_the_hint_and_no_traceback(graded_class):
+    html = (graded_class / "feedback" / "dara" / LAB / f"{LAB}.html").read_text(encoding="utf-8")
+    assert "ᾱ_t in place of α_t" in html and "Traceback" not in html and "site-packages" not in html
+
+
+def test_the_release_is_what_students_have(graded_class, course):
+    made = (graded_class / "labs" / LAB / f"{LAB}.ipynb").read_text(encoding="utf-8")
+    assert made == (course / "labs" / LAB / f"{LAB}.ipynb").read_text(encoding="utf-8")
+
+
+def test_a_broken_submission_harms_no_one_else(graded_class, tmp_path):
+    folder = tmp_path / "course"
+    shutil.copytree(graded_class, folder)
+    broken = folder / "submitted" / "aaron" / LAB / f"{LAB}.ipynb"
+    broken.parent.mkdir(parents=True)
+    broken.write_text("this is not a notebook")
+    shutil.rmtree(folder / "autograded")
+    for student in CLASS:
+        if student != "dara":
+            shutil.rmtree(folder / "submitted" / student)
+    run = _nbgrader(folder, "autograde", LAB)
+    assert "not JSON" in run.stdout + run.stderr
+    assert (folder / "autograded" / "dara" / LAB / f"{LAB}.ipynb").exists()
+    assert not (folder / "autograded" / "aaron" / LAB / f"{LAB}.ipynb").exists()
+
+
+def test_validate_names_what_fails(student, solution, tmp_path):
+    target = tmp_path / f"{LAB}.ipynb"
+    notebook = student(LAB)
+    notebook.cells = [c for c in notebook.cells if "demo" not in c.metadata.get("tags", [])]
+    nbformat.write(notebook, target)
+    run = _nbgrader(tmp_path, "validate", str(target))
+    assert "VALIDATION FAILED ON" in run.stdout and "add_noise" in run.stdout
+    notebook = solution(LAB)
+    notebook.cells = [c for c in notebook.cells if "demo" not in c.metadata.get("tags", [])]
+    nbformat.write(notebook, target)
+    run = _nbgrader(tmp_path, "validate", str(target))
+    assert "Success" in run.stdout, run.stdout + run.stderr
