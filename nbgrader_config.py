@@ -10,12 +10,12 @@ c = get_config()  # noqa: F821  (nbgrader defines it)
 c.CourseDirectory.course_id = "diffusion-sampling"
 c.CourseDirectory.source_directory = "solutions"
 c.CourseDirectory.release_directory = "labs"
-c.CourseDirectory.ignore = [".ipynb_checkpoints", "*.pyc", "__pycache__", "difflab", "*.py"]
 
 c.ClearSolutions.code_stub = {"python": 'raise NotImplementedError("TODO: write this method")'}
 # A cell may hold several exercises' worth of given code, so a solution region is not required in every one.
 c.ClearSolutions.enforce_metadata = False
 
+c.Autograde.exporter_class = "autograder.nbgrader_plugin.SubmissionExporter"
 c.OverwriteCells.add_missing_cells = True
 c.Autograde.sanitize_preprocessors = [
     "autograder.nbgrader_plugin.NotebookHygiene",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -81,7 +82,10 @@ def main(folder: Path = COURSE / "demo") -> None:
         )
         target = folder / "submitted" / student / LAB / f"{LAB}.ipynb"
         target.parent.mkdir(parents=True)
-        nbformat.write(edit(solution, release), target)
+        submission = edit(solution, release)
+        for cell in submission.cells:
+            cell.source = re.sub(r" *### (BEGIN|END) SOLUTION\n?", "", cell.source)
+        nbformat.write(submission, target)
     _nbgrader(folder, "autograde", LAB, "--TrustedGrading.check_seconds=10")
     _nbgrader(folder, "generate_feedback", LAB)
     _nbgrader(folder, "export")

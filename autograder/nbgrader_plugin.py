@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+from html import escape
 from pathlib import Path
 
 import nbformat
+from nbconvert.exporters import NotebookExporter
+from nbconvert.exporters.exporter import ResourcesDict
+from nbformat import NotebookNode
 from nbgrader.preprocessors import NbGraderPreprocessor
 from traitlets import Enum, Float
 
@@ -13,7 +18,27 @@ from autograder.grading import grade_notebook
 from autograder.submission.process import Limits
 from autograder.submission.sandbox import LEVELS, choose
 
-__all__ = ["NotebookHygiene", "TrustedGrading"]
+__all__ = ["NotebookHygiene", "SubmissionExporter", "TrustedGrading"]
+
+
+class SubmissionExporter(NotebookExporter):
+    """Reads submissions. One that is no notebook is logged by name and graded as if nothing had been written."""
+
+    def from_filename(self, filename, resources=None, **kw):
+        """The notebook in `filename`, or the release with a note on top if that cannot be read."""
+        try:
+            notebooks.read_notebook(filename)
+        except notebooks.CannotGrade as problem:
+            self.log.error("%s (graded as untouched)", problem)
+            path = Path(filename)
+            reason = escape(str(problem).removeprefix(f"{filename}: "))
+            stand_in = _release(path.resolve().parent)
+            note = nbformat.v4.new_markdown_cell(f"**The submitted file could not be graded:** {reason}")
+            stand_in.cells.insert(0, note)
+            resources = ResourcesDict() if resources is None else resources
+            resources["metadata"] = ResourcesDict(name=path.stem, path=str(path.parent))
+            return self.from_notebook_node(stand_in, resources, **kw)
+        return super().from_filename(filename, resources, **kw)
 
 
 class NotebookHygiene(NbGraderPreprocessor):
@@ -21,11 +46,15 @@ class NotebookHygiene(NbGraderPreprocessor):
 
     def preprocess(self, nb, resources):
         """Replace the submission by its sanitised form."""
-        lab = resources["nbgrader"]["assignment"]
-        folder = Path(resources["metadata"]["path"])  # <course>/submitted/<student>/<lab>
-        submitted = notebooks.read_notebook(folder / f"{resources['metadata']['name']}.ipynb")
-        release = nbformat.read(notebooks.release_path(lab, folder.resolve().parents[2]), as_version=4)
-        return notebooks.sanitise(submitted, release), resources
+        folder = Path(resources["metadata"]["path"]).resolve()
+        with contextlib.suppress(notebooks.CannotGrade):  # else nb is the exporter's stand-in, and clean
+            nb = notebooks.read_notebook(folder / f"{resources['metadata']['name']}.ipynb")
+        return notebooks.sanitise(nb, _release(folder)), resources
+
+
+def _release(folder: Path) -> NotebookNode:
+    """The release that <course>/submitted/<student>/<lab> answers."""
+    return nbformat.read(notebooks.release_path(folder.name, folder.parents[2]), as_version=4)
 
 
 class TrustedGrading(NbGraderPreprocessor):

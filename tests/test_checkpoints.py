@@ -183,15 +183,16 @@ def test_unknown_pretrained_name_lists_those_there_are(project):
         load_pretrained("celeba")
 
 
-def test_data_is_found_beside_the_kit_and_inside_it(project):
+def test_data_is_found_in_the_clone_and_where_pip_puts_it(project, tmp_path, monkeypatch):
+    monkeypatch.setattr("sysconfig.get_path", lambda _name: str(tmp_path / "prefix"))
     with pytest.raises(FileNotFoundError, match="digits.npz is not in .*data; get the whole repository"):
         data_path("digits.npz")
-    beside, inside = project / "data" / "digits.npz", project / "labs" / "difflab" / "data" / "digits.npz"
-    beside.touch()
-    assert data_path("digits.npz") == beside
-    inside.parent.mkdir(parents=True)
-    inside.touch()
-    assert data_path("digits.npz") == inside
+    installed, clone = tmp_path / "prefix" / "share" / "difflab" / "digits.npz", project / "data" / "digits.npz"
+    installed.parent.mkdir(parents=True)
+    installed.touch()
+    assert data_path("digits.npz") == installed
+    clone.touch()
+    assert data_path("digits.npz") == clone
 
 
 def test_header_is_readable_json(path):

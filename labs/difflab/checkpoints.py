@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sysconfig
 from pathlib import Path
 from typing import Any
 
@@ -21,16 +22,16 @@ FORMAT = "difflab-1"
 
 
 def data_path(name: str) -> Path:
-    """Where a file of the project's `data/` folder lies: beside the kit in a clone, inside it when pip-installed.
+    """Where a file of the project's `data/` folder lies: in the clone, or where pip put it.
 
     Raises:
         FileNotFoundError: if it is in neither place.
     """
-    here = Path(__file__).resolve().parent
-    for folder in (here / "data", here.parents[1] / "data"):
+    clone = Path(__file__).resolve().parents[2] / "data"
+    for folder in (clone, Path(sysconfig.get_path("data")) / "share" / "difflab"):
         if (folder / name).exists():
             return folder / name
-    raise FileNotFoundError(f"{name} is not in {here.parents[1] / 'data'}; get the whole repository, data/ included")
+    raise FileNotFoundError(f"{name} is not in {clone}; get the whole repository, data/ included")
 
 
 def save_tensors(path: str | Path, tensors: dict[str, Tensor], header: dict[str, Any]) -> None:

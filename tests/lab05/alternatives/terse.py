@@ -1,4 +1,5 @@
 """Style: as short as it gets, one-letter names, reduce instead of loops, in-place arithmetic on clones."""
+# ruff: noqa: E701, E731, E741
 import itertools as I
 from functools import reduce as R
 
@@ -6,11 +7,11 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 
-A = lambda s: torch.cat([s.alphas_cumprod, torch.ones(1)])  # noqa: E731  A[-1] is 1, as it should be
-c = lambda v, t, x: v[torch.as_tensor(t).cpu()].to(x).view(-1, 1, 1, 1)  # noqa: E731
-n = lambda m, s, x: torch.randn(*s).to(next(m.parameters())) if x is None else x + 0  # noqa: E731
-f = lambda x, t: torch.tensor((t,) * len(x), device=x.device)  # noqa: E731
-w = lambda l, r: (l[-1], l) if r else l[-1]  # noqa: E731, E741
+A = lambda s: torch.cat([s.alphas_cumprod, torch.ones(1)])  # A[-1] is 1, as it should be
+c = lambda v, t, x: v[torch.as_tensor(t).cpu()].to(x).view(-1, 1, 1, 1)
+n = lambda m, s, x: torch.randn(*s).to(next(m.parameters())) if x is None else x + 0
+f = lambda x, t: torch.tensor((t,) * len(x), device=x.device)
+w = lambda l, r: (l[-1], l) if r else l[-1]
 
 
 class ForwardProcessImpl:
@@ -22,7 +23,8 @@ class ForwardProcessImpl:
 
     def demonstrate_forward_trajectory(s, x_start, timesteps):
         g = plt.figure(figsize=(len(timesteps), 1))
-        for i, t in enumerate(timesteps, 1): g.add_subplot(1, len(timesteps), i).matshow(s.add_noise(x_start, t)[0][0, 0])
+        for i, t in enumerate(timesteps, 1):
+            g.add_subplot(1, len(timesteps), i).matshow(s.add_noise(x_start, t)[0][0, 0])
         return g
 
 
@@ -44,7 +46,7 @@ class DDPMSampler:
 
     @torch.no_grad()
     def sample(s, shape, return_trajectory=False, *, x_T=None):
-        g = lambda l, t: [*l, s.ddpm_step(l[-1], t)][0 if return_trajectory else -1:]  # noqa: E731, E741
+        g = lambda l, t: [*l, s.ddpm_step(l[-1], t)][0 if return_trajectory else -1:]
         return w(R(g, range(len(s.schedule.betas))[::-1], [n(s.model, shape, x_T)]), return_trajectory)
 
 
@@ -59,7 +61,7 @@ class DDIMSampler:
         N, T, p = num_steps, len(s.schedule.betas) - 1, {"uniform": 1, "quadratic": 2}.get(schedule_type)
         if p is None or not 0 < N <= T + 1: raise ValueError((num_steps, schedule_type))
         # too few different ones? take a finer grid, and drop what is then too many just above 0
-        g = lambda m: np.unique(np.rint(np.linspace(T ** (1 / p), 0, m) ** p)) if N > 1 else np.array([T])  # noqa: E731
+        g = lambda m: np.unique(np.rint(np.linspace(T ** (1 / p), 0, m) ** p)) if N > 1 else np.array([T])
         u = next(u for u in map(g, I.count(N)) if len(u) >= N)
         return torch.from_numpy(np.delete(u, range(1, 1 + len(u) - N))[::-1].astype(np.int64))
 
@@ -74,5 +76,5 @@ class DDIMSampler:
     @torch.no_grad()
     def sample(self, shape, timesteps=None, eta=0.0, return_trajectory=False, *, x_T=None):
         p = (*map(int, range(len(self.schedule.betas))[::-1] if timesteps is None else timesteps), -1)
-        g = lambda l, q: [*l, self.ddim_step(l[-1], *q, eta)][0 if return_trajectory else -1:]  # noqa: E731, E741
+        g = lambda l, q: [*l, self.ddim_step(l[-1], *q, eta)][0 if return_trajectory else -1:]
         return w(R(g, zip(p, p[1:]), [n(self.model, shape, x_T)]), return_trajectory)
