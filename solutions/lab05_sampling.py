@@ -38,7 +38,8 @@
 # | $\bar\alpha_{-1} = 1$ | `schedule.alpha_bar(-1)` | $-1$ is the name of clean data. `alphas_cumprod[-1]` is *not* that: Python wraps it to $T-1$ |
 # | $\epsilon_\theta(x_t, t)$ | `model(x_t, t)` | predicted noise; `x_t` is `[B, 1, 28, 28]`, `t` a LongTensor `[B]` |
 #
-# Images are float32 in $[-1, 1]$. Do not clip anything in the graded methods.
+# Images are float32 in $[-1, 1]$. Do not clip anything in the graded methods. The tables are float32; computing from them
+# in float32 or in float64 is equally right.
 
 # %% given="setup"
 import time
@@ -126,8 +127,8 @@ check("add_noise")
 # ### 1.2 Watch a digit drown
 # 🟢 easy · practice, no points · 5 min · 1 CPU second
 #
-# Show the first image of `x_start` at each of the given timesteps, in their order, one picture a column.
-# `plots.show_images({"label": images}, column_titles)` returns such a figure for images `[N, 1, H, W]`.
+# Show the first image of `x_start` at each of the given timesteps, in their order, each in axes of its own (`imshow`).
+# `plots.show_images({"label": images}, column_titles)` makes such a figure from images `[N, 1, H, W]`.
 
 
 # %% exercise="forward_trajectory"
@@ -140,7 +141,7 @@ def demonstrate_forward_trajectory(self, x_start: Tensor, timesteps: list[int]):
         timesteps: which timesteps to show, in order.
 
     Returns:
-        A matplotlib Figure with one image for each timestep.
+        A matplotlib Figure with one image, drawn with imshow, for each timestep.
     """
     # TODO: noise the first image to each timestep and show the results in a row.
     ### BEGIN SOLUTION
@@ -329,8 +330,8 @@ def sample(self, shape: tuple[int, ...], return_trajectory: bool = False, *, x_T
         x_T: the noise to start from, left unchanged; drawn from N(0, I) when None.
 
     Returns:
-        samples, or (samples, trajectory) with trajectory a list of T + 1 tensors [B, C, H, W], x_T first. Samples have
-        the dtype and device of x_T, or of the model's parameters when x_T is None.
+        samples, or (samples, trajectory) with trajectory a list of T + 1 tensors [B, C, H, W], x_T first, no two of
+        them the same memory. Samples have the dtype and device of x_T, or of the model's parameters when x_T is None.
     """
     # TODO: T calls of ddpm_step.
     ### BEGIN SOLUTION
@@ -431,9 +432,9 @@ check("ddim_predict_x0")
 # how noisy $x_T$ is, fall strictly, and end at $0$, from where the last jump leads to clean data.
 #
 # * `"uniform"`: evenly spaced, rounded.
-# * `"quadratic"`: the square roots of the timesteps are evenly spaced, so that they are dense near 0, where fine detail
-#   is decided. With many steps, rounding makes repeats there. Resolve them in any way that keeps exactly $N$ different
-#   timesteps. With $T = 1000$ repeats appear from $N = 46$ on.
+# * `"quadratic"`: the square roots of the timesteps are evenly spaced, and the squares rounded, so that they are dense
+#   near 0, where fine detail is decided. With many steps, rounding makes repeats there (with $T = 1000$ from $N = 46$
+#   on). Resolve them near where they arise, in any way that keeps exactly $N$ different timesteps.
 #
 # <details><summary>Hint: uniform</summary>
 #
@@ -495,7 +496,8 @@ check("ddim_quadratic_schedule")
 #
 # <details><summary>Hint: s = −1</summary>
 #
-# `schedule.alpha_bar(-1)` is 1, and the formula does the rest: nothing special is needed.
+# `schedule.alpha_bar(-1)` is 1, and the formula does the rest: nothing special is needed. Indexing `alphas_cumprod[-1]`
+# is the trap of 2.2 again.
 # </details>
 # <details><summary>Hint: rounding under the root</summary>
 #
@@ -572,8 +574,9 @@ def sample(
         x_T: the noise to start from, left unchanged; drawn from N(0, I) when None.
 
     Returns:
-        samples, or (samples, trajectory) with trajectory a list of len(timesteps) + 1 tensors [B, C, H, W], x_T first.
-        Samples have the dtype and device of x_T, or of the model's parameters when x_T is None.
+        samples, or (samples, trajectory) with trajectory a list of len(timesteps) + 1 tensors [B, C, H, W], x_T first,
+        no two of them the same memory. Samples have the dtype and device of x_T, or of the model's parameters when x_T
+        is None.
     """
     # TODO: one ddim_step for each timestep, the last one to -1.
     ### BEGIN SOLUTION
@@ -597,8 +600,8 @@ def sample(
 check("ddim_sample")
 
 # %% [markdown] given="ddim_demo_text"
-# The same noise that DDPM started from above, in 50 calls instead of 1000. The first rows of pictures are not the same
-# digits: DDPM threw dice on the way. Run this cell twice and DDIM will not change.
+# The same noise that DDPM started from above, in 50 calls instead of 1000. These will not be the digits that DDPM drew:
+# it threw dice on the way. Run this cell twice, and DDIM's digits will not change.
 
 # %% tags=["demo"]
 ddim = DDIMSampler(model, schedule)

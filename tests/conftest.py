@@ -50,7 +50,7 @@ def check_here() -> Callable[[NotebookNode, str], dict[str, CheckResult]]:
     """check_here(notebook, lab): run its cells in this process, then all checks of the lab; results by name."""
 
     def check(notebook: NotebookNode, lab: str, seed: int | None = None) -> dict[str, CheckResult]:
-        namespace: dict = {"__name__": "submission"}
+        namespace: dict = {"__name__": "__main__"}  # as in a kernel
         for _, label, source in to_run(notebook):
             exec(compile(source, label, "exec"), namespace)
 

@@ -32,6 +32,9 @@ class RemoteModel(nn.Module):
         self._reference, self._ask = reference, ask
         self.placeholder = nn.Parameter(torch.zeros((), dtype=getattr(torch, reference.dtype)))
 
+    def __deepcopy__(self, _memo: dict) -> RemoteModel:
+        return self  # a student's private copy asks the same network
+
     def forward(self, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         """Predicted noise, as the grader's network sees it."""
         answer = self._ask(self._reference.id, "forward", [x, t, torch.is_grad_enabled()])
@@ -148,10 +151,8 @@ def _lower_figure(figure: Any) -> Figure:
 
 
 def _shared_memory(result: Any) -> bool:
-    """Do two tensors of one returned list (a trajectory, say) share memory?"""
+    """Do two tensors of one returned list (a trajectory, say) lie at one address? Slices of one storage do not."""
     if not isinstance(result, (list, tuple)):
         return False
-    addresses = [
-        item.untyped_storage().data_ptr() for item in result if isinstance(item, torch.Tensor) and item.numel()
-    ]
+    addresses = [item.data_ptr() for item in result if isinstance(item, torch.Tensor) and item.numel()]
     return len(set(addresses)) < len(addresses) or any(_shared_memory(item) for item in result)

@@ -54,7 +54,7 @@ def load_notebook(path: str | Path) -> dict[str, Any]:
         raise ValueError(f"{path} is not a Jupyter notebook ({str(error).splitlines()[0][:100]})") from None
     if version != 4:
         raise ValueError(f"{path} has notebook format {version}; open it in JupyterLab and save it as format 4")
-    namespace: dict[str, Any] = {"__name__": "notebook"}
+    namespace: dict[str, Any] = {"__name__": "__main__"}  # as in a kernel
     backend = matplotlib.get_backend()
     matplotlib.use("agg")
     try:

@@ -12,6 +12,11 @@ def _small_t_tolerance(t: torch.Tensor) -> torch.Tensor:
     return torch.where(torch.as_tensor(t) < 20, 3e-3, 1e-4)
 
 
+def _variance_rtol(t: int) -> float:
+    """Rounding of 1 − x near 1 (6e-8), over the size of β_t and 1 − ᾱ_t."""
+    return 2e-3 if t < 20 else 1e-3 if t < 100 else 3e-4
+
+
 @graded(points=7, section="DDPM")
 def test_ddpm_posterior_mean(submission, rng):
     """`compute_posterior_mean` is the mean of p(x_{t−1} | x_t), for one timestep or one per image."""
@@ -81,10 +86,13 @@ def test_ddpm_posterior_variance(submission, rng):
             "the logarithm of the variance": true.clamp(min=1e-20).log(),
         }
 
-    # Small t first: there the mistakes are far apart. Float32 has few digits of 1 − ᾱ_t there, hence the tolerance.
-    for t, rtol in ((5, 2e-3), (1, 2e-3), (30, 1e-4), (middle, 1e-4), (last, 1e-4)):
+    # Small t first: there the mistakes are far apart. Float32 leaves few digits of β_t and 1 − ᾱ_t at small t, and
+    # which of them a program loses depends on how it is written.
+    for t in (5, 1, 30, middle, last):
         value = expect.tensor(sampler.compute_posterior_variance(t), "the variance for an int t", ())
-        expect.close(value, c.posterior_variance(t), f"the posterior variance at t = {t}", mistakes(t), rtol, 1e-12)
+        expect.close(
+            value, c.posterior_variance(t), f"the posterior variance at t = {t}", mistakes(t), _variance_rtol(t), 1e-12
+        )  # fmt: skip
     value = expect.tensor(sampler.compute_posterior_variance(0), "the variance at t = 0", ())
     if value.item() != 0:
         if abs(value.item()) > 1e-9:
@@ -96,9 +104,9 @@ def test_ddpm_posterior_variance(submission, rng):
     value = expect.tensor(sampler.compute_posterior_variance(several), "the variance for a LongTensor [B]", (5,))
     true = torch.stack([c.posterior_variance(int(t)) for t in several])
     if value[0] != 0 or value[3] != 0:
-        expect.close(value, true, "the posterior variance for several t", mistakes(several), 1e-4, 1e-12)
+        expect.close(value, true, "the posterior variance for several t", mistakes(several), 1e-3, 1e-12)
         expect.fail("in a LongTensor that mixes t = 0 with others, the entries at t = 0 must still be exactly 0")
-    expect.close(value, true, "the posterior variance for several t", mistakes(several), 1e-4, 1e-12)
+    expect.close(value, true, "the posterior variance for several t", mistakes(several), _variance_rtol(30), 1e-12)
 
 
 @graded(points=6, section="DDPM")
