@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import io
+import sys
+import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -54,7 +56,10 @@ def load_notebook(path: str | Path) -> dict[str, Any]:
         raise ValueError(f"{path} is not a Jupyter notebook ({str(error).splitlines()[0][:100]})") from None
     if version != 4:
         raise ValueError(f"{path} has notebook format {version}; open it in JupyterLab and save it as format 4")
-    namespace: dict[str, Any] = {"__name__": "__main__"}  # as in a kernel
+    # A module of its own, not __main__: dataclasses look their module up, and code under a __main__ guard stays out.
+    module = types.ModuleType(f"notebook_{path.stem}")
+    sys.modules[module.__name__] = module
+    namespace = vars(module)
     backend = matplotlib.get_backend()
     matplotlib.use("agg")
     try:
