@@ -236,3 +236,15 @@ def test_a_command_is_required(capsys):
         main([])
     assert error.value.code == 2
     assert "COMMAND" in capsys.readouterr().err
+
+
+def test_export_halves_the_file_and_keeps_notes(tmp_path, monkeypatch, capsys):
+    images = torch.rand(64, 1, 28, 28) * 2 - 1
+    monkeypatch.setattr("difflab.datasets.load_mnist", lambda *args, **kwargs: (images, torch.zeros(64)))
+    whole, half = tmp_path / "whole.safetensors", tmp_path / "half.safetensors"
+    save_checkpoint(whole, UNet((8, 16), time_dim=8), NoiseSchedule.linear(50), epoch=7)
+    assert main(["export", str(whole), "--out", str(half)]) == 0
+    assert half.stat().st_size < 0.65 * whole.stat().st_size
+    assert load_checkpoint(half)[2] == {"epoch": 7}
+    losses = [float(line.split("test loss ")[1].split(",")[0]) for line in capsys.readouterr().out.splitlines()]
+    assert abs(losses[0] - losses[1]) < 1e-3

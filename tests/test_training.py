@@ -1,8 +1,10 @@
 """Does training learn, and does a killed run go on exactly?"""
 
+import nbformat
 import pytest
 import torch
 
+from difflab.__main__ import main
 from difflab.checkpoints import load_checkpoint
 from difflab.schedule import NoiseSchedule
 from difflab.training import TrainingConfig, train
@@ -62,3 +64,30 @@ def test_resuming_another_run_is_refused(tmp_path):
     other = TrainingConfig(epochs=3, batch_size=32, lr=1e-3)
     with pytest.raises(ValueError, match="another config"):
         next(train(_model(), schedule, images, other, tmp_path))
+
+
+NOTEBOOK = """
+import torch
+class DDIMSampler:
+    def __init__(self, model, schedule): pass
+    def create_timestep_schedule(self, num_steps): return list(range(num_steps))[::-1]
+    def sample(self, shape, timesteps, x_T): return torch.zeros(shape)
+"""
+
+
+def test_the_command_trains_draws_a_grid_each_epoch_and_resumes(tmp_path, monkeypatch, capsys):
+    images = -torch.ones(64, 1, 28, 28)
+    monkeypatch.setattr("difflab.datasets.load_mnist", lambda *args, **kwargs: (images, torch.zeros(64)))
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(NOTEBOOK)])
+    nbformat.write(notebook, tmp_path / "mine.ipynb")
+    command = ["train", "--out", str(tmp_path), "--timesteps", "50", "--channels", "8", "16", "--time-dim", "8"]
+    command += ["--epochs", "2", "--batch-size", "32", "--samples-from", str(tmp_path / "mine.ipynb")]
+    assert main(command) == 0
+    assert "epoch 2/2: training loss" in capsys.readouterr().out
+    assert (tmp_path / "samples" / "epoch_001.png").exists() and (tmp_path / "samples" / "epoch_002.png").exists()
+    model, schedule, notes = load_checkpoint(tmp_path / "checkpoints" / "model_latest.safetensors")
+    assert schedule.config == {"kind": "scaled_linear", "num_timesteps": 50} and notes["epoch"] == 2
+    assert model.config["channels"] == [8, 16]
+    assert main(command) == 0
+    assert "epoch" not in capsys.readouterr().out.split("finished")[0].replace("epochs", ""), "trained again"
+    assert main([*command[:-1], str(tmp_path / "none.ipynb")]) == 2

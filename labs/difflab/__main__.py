@@ -12,7 +12,7 @@ import torch
 from tqdm import tqdm
 
 from difflab import datasets, metrics
-from difflab.checkpoints import data_path, load_checkpoint
+from difflab.checkpoints import data_path, load_checkpoint, save_checkpoint
 from difflab.schedule import NoiseSchedule
 from difflab.timing import count_calls, synchronize
 from difflab.unet import UNet
@@ -57,6 +57,13 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--samples-from", type=Path, default=None, metavar="NOTEBOOK",
                        help="draw a grid after each epoch with this notebook's DDIMSampler")  # fmt: skip
     train.set_defaults(command=_train)
+
+    export = commands.add_parser(
+        "export", help="store a trained checkpoint in half precision, and measure what it costs"
+    )
+    export.add_argument("checkpoint", type=Path)
+    export.add_argument("--out", type=Path, required=True)
+    export.set_defaults(command=_export)
 
     classifier = commands.add_parser("train-classifier", help="train the metric classifier and its statistics")
     classifier.add_argument("--out", type=Path, default=Path("data"))
@@ -140,6 +147,17 @@ def _train(arguments: argparse.Namespace) -> None:
             )
             save_image_grid(arguments.out / "samples" / f"epoch_{epoch.epoch:03d}.png", samples)
     print(f"finished; the model is {arguments.out / 'checkpoints' / 'model_latest.safetensors'}")
+
+
+def _export(arguments: argparse.Namespace) -> None:
+    from difflab.training import TrainingConfig, held_out_loss
+
+    model, schedule, notes = load_checkpoint(arguments.checkpoint)
+    save_checkpoint(arguments.out, model, schedule, dtype=torch.float16, **notes)
+    images = datasets.load_mnist("test")[0][:2000]
+    for label, path in (("float32", arguments.checkpoint), ("float16", arguments.out)):
+        loss = held_out_loss(load_checkpoint(path)[0], schedule, images, TrainingConfig().seed)
+        print(f"{label}: test loss {loss:.6f}, {path.stat().st_size / 1e6:.2f} MB ({path})")
 
 
 def _train_classifier(arguments: argparse.Namespace) -> None:

@@ -22,7 +22,7 @@ from difflab.checkpoints import load_tensors, save_checkpoint, save_tensors
 from difflab.metrics import Classifier
 from difflab.schedule import NoiseSchedule
 
-__all__ = ["Epoch", "TrainingConfig", "noise_prediction_loss", "train", "train_classifier"]
+__all__ = ["Epoch", "TrainingConfig", "held_out_loss", "noise_prediction_loss", "train", "train_classifier"]
 
 
 @dataclass(frozen=True)
@@ -132,7 +132,7 @@ def train(
             _update_average(average, model, min(config.ema_decay, (1 + step) / (10 + step)))
             total += loss.mean().item()
             on_batch(batch + 1, batches, total / (batch + 1))
-        row = [total / batches, _test_loss(average, schedule, test_images, config)]
+        row = [total / batches, held_out_loss(average, schedule, test_images, config.seed)]
         history.append(row)
         notes = {"epoch": epoch + 1, "train_loss": row[0], "test_loss": row[1], "training": asdict(config)}
         save_checkpoint(out / "checkpoints" / "model_latest.safetensors", average, schedule, **notes)
@@ -169,9 +169,10 @@ def _update_average(average: nn.Module, model: nn.Module, decay: float) -> None:
 
 
 @torch.no_grad()
-def _test_loss(model: nn.Module, schedule: NoiseSchedule, images: Tensor, config: TrainingConfig) -> float:
+def held_out_loss(model: nn.Module, schedule: NoiseSchedule, images: Tensor, seed: int = 0) -> float:
+    """Mean noise-prediction loss on images [N, C, H, W], with timesteps and noise fixed by the seed."""
     device = next(model.parameters()).device
-    rng = torch.Generator().manual_seed(config.seed)
+    rng = torch.Generator().manual_seed(seed)
     total = 0.0
     for x_0 in images.split(250):
         t = _stratified_timesteps(len(x_0), schedule.num_timesteps, rng)
