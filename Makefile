@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help demo test test-fast notebooks benchmark lint clean
+.PHONY: help demo test test-fast soak notebooks benchmark lint clean
 
 help:  ## list the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -20,9 +20,12 @@ test: $(VENV)/installed  ## everything: tests, every solution replayed, freshnes
 test-fast: $(VENV)/installed  ## the loop for daily work, without notebooks and classes
 	$(BIN)/ruff check . && $(BIN)/python -m pytest -q -m "not slow" tests
 
+soak: $(VENV)/installed  ## mutants, alternatives and the solution again, with ten other seeds
+	for seed in 100 200 300 400 500 600 700 800 900 1000; do DIFFLAB_TEST_SEED=$$seed $(BIN)/python -m pytest -q tests/lab05 || exit 1; done
+
 notebooks: $(VENV)/installed  ## build and execute every notebook, and the rubric, from solutions/*.py
 	$(BIN)/python -m autograder build
-	$(BIN)/python -m autograder picture
+	$(BIN)/python docs/samplers.py
 
 benchmark: $(VENV)/installed  ## time and memory of grading one notebook
 	$(BIN)/python benchmarks/grading.py

@@ -19,7 +19,7 @@ from autograder.submission.wire import (
     Figure,
     Handle,
     Malformed,
-    ModelReference,
+    Reference,
     ScheduleReference,
     Unsendable,
     decode,
@@ -61,7 +61,7 @@ def test_views_and_arrays_are_sent_as_what_they_show():
 
 def test_references_come_back():
     assert _round(Handle(3, "DDIMSampler")) == Handle(3, "DDIMSampler")
-    assert _round(ModelReference(1, "float64")) == ModelReference(1, "float64")
+    assert _round(Reference(1, "model", "float64")) == Reference(1, "model", "float64")
     betas = torch.linspace(1e-4, 0.02, 10, dtype=torch.float64)
     assert torch.equal(_round(ScheduleReference(betas)).betas, betas)
     figure = _round(Figure(b"png", [torch.ones(2, 2)]))
@@ -106,7 +106,8 @@ def _ext(code, *parts):
         _ext(1, "bool", [1], b"\x07"),
         _ext(1, "float32"),
         _ext(2, "0", "x"),
-        _ext(3, 0, "complex64"),
+        _ext(3, 0, "model", "complex64"),
+        _ext(3, 0, "file", "float32"),
         _ext(5, b"png", [1]),
         _ext(42, 1),
         msgpack.packb(msgpack.ExtType(4, b"1234567")),

@@ -11,6 +11,7 @@ import random
 import torch
 from torch import Tensor
 
+from autograder.submission.client import Network
 from difflab.schedule import NoiseSchedule
 
 __all__ = ["Coefficients", "GaussianOracle", "RecordingNetwork", "SteadyNetwork", "images", "random_schedule"]
@@ -67,18 +68,24 @@ def _images_shape(values: Tensor) -> Tensor:
     return values if values.ndim == 0 else values[:, None, None, None]
 
 
-class RecordingNetwork:
+MAX_RECORDED = 2**26  # numbers a network remembers of all its calls: no flood of calls may fill the grader's memory
+
+
+class RecordingNetwork(Network):
     """Base of the grader's networks: remembers every call, insists on t of shape [B]."""
 
     def __init__(self, schedule: NoiseSchedule, dtype: str = "float32"):
         self.schedule, self.dtype = schedule, dtype
         self.coefficients = Coefficients(schedule)
         self.calls: list[tuple[Tensor, Tensor, Tensor]] = []  # (x, t, predicted noise)
+        self.recorded = 0
         self.grad_enabled = False  # was any call made with gradients on?
 
     def forward(self, x: Tensor, t: Tensor, grad_enabled: bool) -> Tensor:
         """Predicted noise; the contract of `difflab.unet.UNet`."""
-        if x.ndim != 4:
+        if not isinstance(x, Tensor) or not isinstance(t, Tensor) or not x.is_floating_point():
+            raise ValueError("the network takes two tensors: model(x, t) with x [B, C, H, W] and t [B]")
+        if x.ndim != 4 or not len(x):
             raise ValueError(f"the network takes images x of shape [B, C, H, W], got shape {list(x.shape)}")
         if t.shape != (len(x),):
             raise ValueError(
@@ -90,7 +97,10 @@ class RecordingNetwork:
                 f"the network was asked about timestep {t.max().item() if t.max() > 0 else t.min().item()}; "
                 f"it knows 0 ... {self.schedule.num_timesteps - 1}"
             )
-        self.grad_enabled |= grad_enabled
+        self.recorded += 2 * x.numel() + t.numel()
+        if self.recorded > MAX_RECORDED:
+            raise ValueError("the network was called far more often, or with far larger batches, than any step needs")
+        self.grad_enabled |= bool(grad_enabled)
         eps = self.predict(x, t)
         self.calls.append((x, t, eps))
         return eps

@@ -2,6 +2,7 @@
 
     sampler = submission.DDPMSampler(model, schedule)     # built in the submission's process
     x_s = sampler.ddpm_step(x_t, 500)                     # run there; its calls of `model` come back here
+    problems = submission.health_check(sampler)           # plain functions work too
 
 `Submission` is the same object for both ways of running: `connect` speaks to a forked worker over a socket, `local`
 calls a namespace of this process (for `check(...)` in a notebook). Values are encoded and decoded either way, so a
@@ -16,12 +17,12 @@ from typing import Any, Protocol
 
 import torch
 
-from autograder.submission.server import Server
+from autograder.submission.server import Server, raised
 from autograder.submission.wire import (
     Channel,
     Handle,
     Malformed,
-    ModelReference,
+    Reference,
     ScheduleReference,
     Unsendable,
     decode,
@@ -56,13 +57,28 @@ class SubmissionDied(Exception):
     """The submission's process ended, or sent something that is not a message."""
 
 
-class Network(Protocol):
-    """A network on the grader's side, as a check passes it to a submission."""
+class Network:
+    """Base of the networks on the grader's side that a check passes to a submission.
 
-    dtype: str
+    `dtype` names the dtype of its parameters, `methods` what the submission may call. Methods answer with values of
+    the wire; a ValueError, RuntimeError or torch.OutOfMemoryError is raised again in the student's code.
+    """
+
+    dtype = "float32"
+    methods: frozenset[str] = frozenset({"forward"})
 
     def forward(self, x: torch.Tensor, t: torch.Tensor, grad_enabled: bool) -> torch.Tensor:
         """Predicted noise for x [B, C, H, W] at timesteps t [B]."""
+        raise NotImplementedError
+
+
+class _Function:
+    """A plain function on the grader's side: a clock, a counter."""
+
+    methods = frozenset({"call"})
+
+    def __init__(self, function: Callable[..., Any]):
+        self.call = function
 
 
 class _Transport(Protocol):
@@ -70,11 +86,11 @@ class _Transport(Protocol):
 
 
 class Submission:
-    """The classes of a submission: `submission.ClassName(...)` builds one, its methods return plain values."""
+    """What a notebook defines: `submission.Name(...)` builds a class or calls a function; values come back plain."""
 
     def __init__(self, transport: _Transport):
         self._transport = transport
-        self._networks: list[Network] = []
+        self._referred: list[tuple[Any, Any]] = []  # (what the check passed, what answers for it)
 
     @classmethod
     def connect(cls, channel: Channel, deadline: float) -> Submission:
@@ -88,22 +104,19 @@ class Submission:
         """Use the classes in `namespace`, in this process."""
         return cls(_LocalTransport(namespace, student_file))
 
-    def __getattr__(self, name: str) -> Callable[..., _RemoteObject]:
+    def __getattr__(self, name: str) -> Callable[..., Any]:
         if name.startswith("_"):
             raise AttributeError(name)
+        return lambda *args, **kwargs: self._call(None, name, args, kwargs)
 
-        def construct(*args: Any, **kwargs: Any) -> _RemoteObject:
-            handle = self._call({"do": "construct", "name": name}, name, args, kwargs)
-            if not isinstance(handle, Handle):
-                raise SubmissionDied("the submission's process answered out of turn")
-            return _RemoteObject(self, handle, name)
-
-        return construct
-
-    def _call(self, request: dict[str, Any], label: str, args: tuple, kwargs: dict[str, Any]) -> Any:
-        request["args"] = [self._lower(a) for a in args]
-        request["kwargs"] = {name: self._lower(a) for name, a in kwargs.items()}
-        reply = self._transport.exchange(request, self._answer_network)
+    def _call(self, target: Handle | None, name: str, args: tuple, kwargs: dict[str, Any]) -> Any:
+        request = {
+            "object": None if target is None else target.id,
+            "name": name,
+            "args": [self._lower(a) for a in args],
+            "kwargs": {key: self._lower(a) for key, a in kwargs.items()},
+        }
+        reply = self._transport.exchange(request, self._answer)
         if not isinstance(reply, dict):
             raise SubmissionDied("the submission's process answered out of turn")
         if "missing" in reply:
@@ -116,58 +129,66 @@ class Submission:
             if not (isinstance(error, list) and len(error) == 3 and all(isinstance(part, str) for part in error)):
                 raise SubmissionDied("the submission's process answered out of turn")
             if error[0] == "Unsendable":
-                raise ContractBroken(f"{label} returned something unexpected: {error[1]}")
-            raise StudentError(*error, call=label)
+                raise ContractBroken(f"{name} returned something unexpected: {error[1]}")
+            raise StudentError(*error, call=name)
         if "result" not in reply:
             raise SubmissionDied("the submission's process answered out of turn")
         changed = reply.get("changed")
         if changed:
             raise ContractBroken(
-                f"{label} changed its argument {_argument_name(changed)} in place; the caller still needs it: "
+                f"{name} changed its argument {_argument_name(changed)} in place; the caller still needs it: "
                 "work on a new tensor (x = x + y instead of x += y)"
             )
         if reply.get("shared"):
             raise ContractBroken(
-                f"{label} returned a list whose tensors share memory, so that one overwrites the other; "
+                f"{name} returned a list whose tensors share memory, so that one overwrites the other; "
                 "append a new tensor (or .clone()) at every step"
             )
-        return reply["result"]
+        result = reply["result"]
+        return _RemoteObject(self, result) if isinstance(result, Handle) else result
 
     def _lower(self, value: Any) -> Any:
         if isinstance(value, _RemoteObject):
             return value._handle
         if isinstance(value, NoiseSchedule):
             return ScheduleReference(value.betas64)
-        if hasattr(value, "forward") and hasattr(value, "dtype"):
-            if not any(value is network for network in self._networks):
-                self._networks.append(value)
-            identity = next(i for i, network in enumerate(self._networks) if network is value)
-            return ModelReference(identity, value.dtype)
+        if isinstance(value, list):
+            return [self._lower(item) for item in value]
+        if isinstance(value, dict):
+            return {key: self._lower(item) for key, item in value.items()}
+        if isinstance(value, Network):
+            return Reference(self._refer(value, value), "model", value.dtype)
+        if callable(value):
+            return Reference(self._refer(value, _Function(value)), "function")
         return value
 
-    def _answer_network(self, identity: int, method: str, args: list) -> Any:
-        if not (type(identity) is int and 0 <= identity < len(self._networks)) or method != "forward":
-            raise ValueError("the network has no such method")
-        if len(args) != 3 or not isinstance(args[0], torch.Tensor) or not isinstance(args[1], torch.Tensor):
-            raise ValueError("the network takes two tensors: model(x, t) with x [B, C, H, W] and t [B]")
-        return self._networks[identity].forward(args[0], args[1], bool(args[2]))
+    def _refer(self, value: Any, answering: Any) -> int:
+        for identity, (known, _) in enumerate(self._referred):
+            if known is value:
+                return identity
+        self._referred.append((value, answering))
+        return len(self._referred) - 1
+
+    def _answer(self, identity: int, method: str, args: list) -> Any:
+        """Answer a call that comes out of the student's code: only of what was passed in, only its listed methods."""
+        if not (type(identity) is int and 0 <= identity < len(self._referred)):
+            raise ValueError("there is nothing of that number to call")
+        answering = self._referred[identity][1]
+        if method not in answering.methods:
+            raise ValueError(f"the network has no method {str(method)[:50]!r}")
+        return getattr(answering, method)(*args)
 
 
 class _RemoteObject:
     """An object in the submission's process; attributes are its methods."""
 
-    def __init__(self, submission: Submission, handle: Handle, label: str):
-        self._submission, self._handle, self._label = submission, handle, label
+    def __init__(self, submission: Submission, handle: Handle):
+        self._submission, self._handle = submission, handle
 
     def __getattr__(self, name: str) -> Callable[..., Any]:
         if name.startswith("_"):
             raise AttributeError(name)
-
-        def call(*args: Any, **kwargs: Any) -> Any:
-            request = {"do": "call", "object": self._handle.id, "name": name}
-            return self._submission._call(request, name, args, kwargs)
-
-        return call
+        return lambda *args, **kwargs: self._submission._call(self._handle, name, args, kwargs)
 
 
 def _argument_name(changed: Any) -> str:
@@ -185,21 +206,26 @@ class _SocketTransport:
             self.channel.send(request, self.deadline)
             while True:
                 reply = self.channel.receive(self.deadline)
-                if not (isinstance(reply, dict) and "network" in reply):
+                if not (isinstance(reply, dict) and "ask" in reply):
                     return reply
-                call = reply["network"]
+                call = reply["ask"]
                 if not (isinstance(call, list) and len(call) == 3 and isinstance(call[2], list)):
-                    raise Malformed("a network call is not described properly")
-                try:
-                    self.channel.send({"return": answer(*call)}, self.deadline)
-                except ValueError as error:  # a call that breaks the network's contract: the student's code hears why
-                    self.channel.send({"raise": str(error)}, self.deadline)
+                    raise Malformed("a call is not described properly")
+                self.channel.send(_outcome(answer, call), self.deadline)
         except TimeoutError:
             raise SubmissionTimeout(f"no answer after {self.deadline - self.started:.0f} s: an endless loop?") from None
         except (EOFError, OSError):
             raise SubmissionDied("the process ended before it answered (os._exit, or out of memory?)") from None
         except Malformed as error:
             raise SubmissionDied(f"the process sent something that is not an answer: {error}") from None
+
+
+def _outcome(answer: Callable[[int, str, list], Any], call: list) -> dict[str, Any]:
+    """What a call gives: its value, or the exception that the student's code is to see."""
+    try:
+        return {"return": answer(*call)}
+    except (ValueError, RuntimeError, TypeError) as error:  # TypeError: called with too few or too many arguments
+        return {"raise": [type(error).__name__, str(error)]}
 
 
 class _LocalTransport:
@@ -216,4 +242,7 @@ class _LocalTransport:
             return {"error": ["Unsendable", str(error), ""]}
 
     def _ask(self, identity: int, method: str, args: list) -> Any:
-        return decode(encode(self.answer(identity, method, decode(encode(args)))))
+        outcome = decode(encode(_outcome(self.answer, decode(encode([identity, method, args])))))
+        if "raise" in outcome:
+            raise raised(*outcome["raise"])
+        return outcome["return"]

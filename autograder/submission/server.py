@@ -15,10 +15,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from autograder.submission.wire import Figure, Handle, ModelReference, ScheduleReference, Unsendable
+from autograder.submission.wire import Figure, Handle, Reference, ScheduleReference, Unsendable
 from difflab.schedule import NoiseSchedule
 
-__all__ = ["RemoteModel", "Server"]
+__all__ = ["RemoteModel", "Server", "raised"]
+
+
+Ask = Callable[[int, str, list], Any]  # (id of what is asked, its method, arguments) -> answer
 
 
 class RemoteModel(nn.Module):
@@ -27,7 +30,7 @@ class RemoteModel(nn.Module):
     It has one parameter, never used, so that `next(model.parameters()).device` and `.dtype` work as on a real network.
     """
 
-    def __init__(self, reference: ModelReference, ask: Callable[[int, str, list], Any]):
+    def __init__(self, reference: Reference, ask: Ask):
         super().__init__()
         self._reference, self._ask = reference, ask
         self.placeholder = nn.Parameter(torch.zeros((), dtype=getattr(torch, reference.dtype)))
@@ -37,8 +40,16 @@ class RemoteModel(nn.Module):
 
     def forward(self, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         """Predicted noise, as the grader's network sees it."""
-        answer = self._ask(self._reference.id, "forward", [x, t, torch.is_grad_enabled()])
-        return answer.to(x.device)
+        return self._ask(self._reference.id, "forward", [x, t, torch.is_grad_enabled()]).to(x.device)
+
+    def encode(self, x: torch.Tensor, t: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """The first half of `forward`, as on `difflab.unet.UNet`."""
+        h, skips = self._ask(self._reference.id, "encode", [x, t])
+        return h, skips
+
+    def decode(self, h: torch.Tensor, skips: list[torch.Tensor], t: torch.Tensor) -> torch.Tensor:
+        """The second half of `forward`."""
+        return self._ask(self._reference.id, "decode", [h, list(skips), t])
 
 
 class Server:
@@ -46,19 +57,19 @@ class Server:
 
     Args:
         namespace: where the student's classes are looked up.
-        ask: how a network call reaches the grader: ask(model id, method, arguments) -> answer.
+        ask: how a call of something on the grader's side gets there.
         student_file: maps a code file name in a traceback to "cell 12", or None for files that are not the student's.
     """
 
     def __init__(
         self,
         namespace: dict[str, Any],
-        ask: Callable[[int, str, list], Any],
+        ask: Ask,
         student_file: Callable[[str], str | None] = lambda name: None,
     ):
         self.namespace, self.ask, self.student_file = namespace, ask, student_file
         self.objects: dict[int, Any] = {}
-        self.models: dict[int, RemoteModel] = {}
+        self.references: dict[int, Any] = {}
 
     def answer(self, request: dict[str, Any]) -> dict[str, Any]:
         """Carry out one request; whatever the student's code raises is described, not raised."""
@@ -71,17 +82,13 @@ class Server:
     def _answer(self, request: dict[str, Any]) -> dict[str, Any]:
         arguments = [self._raise_value(a) for a in request["args"]]
         keywords = {name: self._raise_value(a) for name, a in request["kwargs"].items()}
-        if request["do"] == "construct":
-            if request["name"] not in self.namespace:
-                return {"missing": request["name"]}
-            instance = self.namespace[request["name"]](*arguments, **keywords)
-            identity = len(self.objects)
-            self.objects[identity] = instance
-            return {"result": Handle(identity, type(instance).__name__)}
-        if request["do"] == "function":
+        if request["object"] is None:
             if request["name"] not in self.namespace:
                 return {"missing": request["name"]}
             function = self.namespace[request["name"]]
+            if isinstance(function, type):
+                self.objects[len(self.objects)] = function(*arguments, **keywords)
+                return {"result": Handle(len(self.objects) - 1, function.__name__)}
         else:
             instance = self.objects[request["object"]]
             if not hasattr(instance, request["name"]):
@@ -101,10 +108,14 @@ class Server:
     def _raise_value(self, value: Any) -> Any:
         if isinstance(value, Handle):
             return self.objects[value.id]
-        if isinstance(value, ModelReference):
-            if value.id not in self.models:
-                self.models[value.id] = RemoteModel(value, self.ask)
-            return self.models[value.id]
+        if isinstance(value, Reference):
+            if value.id not in self.references:
+                self.references[value.id] = (
+                    RemoteModel(value, self.ask)
+                    if value.kind == "model"
+                    else lambda *args: self.ask(value.id, "call", list(args))
+                )
+            return self.references[value.id]
         if isinstance(value, ScheduleReference):
             return NoiseSchedule(value.betas)
         if isinstance(value, list):
@@ -134,6 +145,12 @@ class Server:
                 where = f"{cell}, line {frame.lineno}"
         kind = "Unsendable" if isinstance(error, Unsendable) else type(error).__name__
         return [kind[:100], str(error)[:1000], where]
+
+
+def raised(kind: str, message: str) -> Exception:
+    """The exception by which something on the grader's side answered a call, as the student's code sees it."""
+    kinds = {"OutOfMemoryError": torch.OutOfMemoryError, "RuntimeError": RuntimeError}
+    return kinds.get(kind, ValueError)(message)
 
 
 def _lower_figure(figure: Any) -> Figure:

@@ -18,7 +18,7 @@ import msgpack
 import numpy as np
 import torch
 
-__all__ = ["Channel", "Figure", "Handle", "Malformed", "ModelReference", "ScheduleReference", "decode", "encode"]
+__all__ = ["Channel", "Figure", "Handle", "Malformed", "Reference", "ScheduleReference", "decode", "encode"]
 
 MAX_MESSAGE = 64 * 2**20  # bytes; a trajectory of 1000 states of 16 digits is 50 MB
 MAX_DEPTH = 16
@@ -35,7 +35,7 @@ DTYPES = {
     "uint8": torch.uint8,
     "bool": torch.bool,
 }
-_TENSOR, _HANDLE, _MODEL, _SCHEDULE, _FIGURE = 1, 2, 3, 4, 5
+_TENSOR, _HANDLE, _REFERENCE, _SCHEDULE, _FIGURE = 1, 2, 3, 4, 5
 
 
 class Malformed(Exception):
@@ -55,11 +55,12 @@ class Handle:
 
 
 @dataclass(frozen=True)
-class ModelReference:
-    """A network that lives in the grader's process; the submission calls it over the wire."""
+class Reference:
+    """Something that lives in the grader's process, a network or a function; the submission calls it over the wire."""
 
     id: int
-    dtype: str = "float32"
+    kind: str  # "model" or "function"
+    dtype: str = "float32"  # of a model's parameters
 
 
 @dataclass(frozen=True)
@@ -113,8 +114,8 @@ def _lower(value: Any, depth: int) -> Any:
         return {_lower_key(key): _lower(item, depth + 1) for key, item in value.items()}
     if isinstance(value, Handle):
         return msgpack.ExtType(_HANDLE, msgpack.packb([value.id, value.class_name]))
-    if isinstance(value, ModelReference):
-        return msgpack.ExtType(_MODEL, msgpack.packb([value.id, value.dtype]))
+    if isinstance(value, Reference):
+        return msgpack.ExtType(_REFERENCE, msgpack.packb([value.id, value.kind, value.dtype]))
     if isinstance(value, ScheduleReference):
         return msgpack.ExtType(_SCHEDULE, value.betas.double().numpy().tobytes())
     if isinstance(value, Figure):
@@ -196,11 +197,11 @@ def _raise_ext(code: int, data: bytes) -> Any:
         if type(identity) is not int or not isinstance(class_name, str):
             raise Malformed("a handle is not described properly")
         return Handle(identity, class_name[:100])
-    if code == _MODEL:
-        identity, dtype_name = _unpack_list(data, 2)
-        if type(identity) is not int or dtype_name not in DTYPES:
-            raise Malformed("a model reference is not described properly")
-        return ModelReference(identity, dtype_name)
+    if code == _REFERENCE:
+        identity, kind, dtype_name = _unpack_list(data, 3)
+        if type(identity) is not int or kind not in ("model", "function") or dtype_name not in DTYPES:
+            raise Malformed("a reference is not described properly")
+        return Reference(identity, kind, dtype_name)
     if code == _SCHEDULE:
         if not data or len(data) % 8 or len(data) > 8 * 100_000:
             raise Malformed("a schedule is not described properly")

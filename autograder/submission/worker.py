@@ -86,13 +86,15 @@ def _pin_threads(torch: Any) -> None:
 
 def _serve(channel: Any, namespace: dict[str, Any], file_labels: dict[str, str], server_class: Any) -> None:
     """Answer requests on `channel` until it closes; never returns."""
+    from autograder.submission.server import raised
     from autograder.submission.wire import Unsendable
 
     def ask(identity: int, method: str, arguments: list) -> Any:
-        channel.send({"network": [identity, method, arguments]})
+        channel.send({"ask": [identity, method, arguments]})
         reply = channel.receive()
         if "raise" in reply:
-            raise ValueError(reply["raise"])
+            kind, message = reply["raise"]
+            raise raised(kind, message)
         return reply["return"]
 
     server = server_class(namespace, ask, file_labels.get)
