@@ -60,7 +60,9 @@ def solution_notebook(script: Path) -> NotebookNode:
         used.add(identity)
         if mark == "check" and name not in checks:
             raise ValueError(f"{script.name}: there is no check {name!r} in autograder/checks")
-        metadata = {"tags": ["demo"]} if mark == "demo" else {}
+        # JupyterLab's Run All goes on after a cell with this tag has raised: one missing exercise hides no other.
+        tags = {"demo": ["demo", "raises-exception"], "check": ["raises-exception"]}.get(mark)
+        metadata = {"tags": tags} if tags else {}
         if mark in ("given", "exercise", "check", "task"):
             points = checks[name].points if mark == "check" else cell.metadata.get("points")
             metadata["nbgrader"] = {

@@ -75,7 +75,7 @@ def main(folder: Path = COURSE / "demo") -> None:
     sandbox = choose()
     print(f"Sandbox: {sandbox.level}" + (f" ({sandbox.note})" if sandbox.note else ""))
 
-    _nbgrader(folder, "generate_assignment", LAB)
+    _step(folder, "generate_assignment", LAB)
     for student, (_, edit) in CLASS.items():
         solution, release = (
             nbformat.read(p, as_version=4) for p in (source / f"{LAB}.ipynb", release_path(LAB, folder))
@@ -86,18 +86,23 @@ def main(folder: Path = COURSE / "demo") -> None:
         for cell in submission.cells:
             cell.source = re.sub(r" *### (BEGIN|END) SOLUTION\n?", "", cell.source)
         nbformat.write(submission, target)
-    _nbgrader(folder, "autograde", LAB, "--TrustedGrading.check_seconds=10")
-    _nbgrader(folder, "generate_feedback", LAB)
-    _nbgrader(folder, "export")
+    _step(folder, "autograde", LAB, "--TrustedGrading.check_seconds=10")
+    _step(folder, "generate_feedback", LAB)
+    _step(folder, "export")
     _print_table(folder)
 
 
-def _nbgrader(folder: Path, *arguments: str) -> None:
-    print(f"$ nbgrader {' '.join(arguments)}", flush=True)
+def nbgrader(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
+    """Run an nbgrader command in a course folder."""
     # nbgrader starts helpers by name, so the environment's own programs must come first on the path.
     environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
     command = [sys.executable, "-m", "nbgrader", *arguments]
-    run = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+
+
+def _step(folder: Path, *arguments: str) -> None:
+    print(f"$ nbgrader {' '.join(arguments)}", flush=True)
+    run = nbgrader(folder, *arguments)
     if run.returncode:
         raise RuntimeError(f"nbgrader {arguments[0]} failed:\n{run.stderr[-3000:]}")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from pathlib import Path
@@ -14,7 +15,9 @@ __all__ = ["CannotGrade", "cell_label", "find_lab", "is_graded", "read_notebook"
 
 COURSE = Path(__file__).resolve().parents[1]
 MAX_NOTEBOOK = 64 * 2**20  # bytes
+MAX_CELLS = 1000
 MAX_CELL = 1_000_000  # characters of source
+_TAG = re.compile(r"<(?=[a-zA-Z/!?])")  # an opening of raw HTML, which feedback and formgrader would bring to life
 _CELL_ID = re.compile(r"[a-zA-Z0-9_-]{1,64}")  # nbformat 4.5
 
 
@@ -54,6 +57,8 @@ def read_notebook(path: str | Path) -> NotebookNode:
         )
     if not isinstance(raw.get("cells"), list) or not raw["cells"]:
         raise CannotGrade(f"{path}: the notebook has no cells")
+    if len(raw["cells"]) > MAX_CELLS:
+        raise CannotGrade(f"{path}: {len(raw['cells']):,} cells are more than a notebook may have ({MAX_CELLS:,})")
     return _clean_notebook(raw, path)
 
 
@@ -70,6 +75,7 @@ def _clean_notebook(raw: dict[str, Any], path: Path) -> NotebookNode:
             raise CannotGrade(f"{path}: cell {number} has more than {MAX_CELL:,} characters of source")
         metadata = cell.get("metadata") if isinstance(cell.get("metadata"), dict) else {}
         nbgrader = metadata.get("nbgrader") if isinstance(metadata.get("nbgrader"), dict) else {}
+        source = source.encode("utf-8", "replace").decode("utf-8")  # half a surrogate pair is no text
         new = _new_cell(cell["cell_type"], source)
         identity = cell.get("id")
         new["id"] = identity if isinstance(identity, str) and _CELL_ID.fullmatch(identity) else f"cell-{number}"
@@ -168,15 +174,20 @@ def is_graded(cell: NotebookNode) -> bool:
     return bool(cell.metadata.get("nbgrader", {}).get("grade")) and cell.cell_type == "code"
 
 
+def is_demo(cell: NotebookNode) -> bool:
+    """Is this a cell for people, not run when grading?"""
+    return "demo" in cell.metadata.get("tags", [])
+
+
 def sanitise(submitted: NotebookNode, release: NotebookNode) -> NotebookNode:
     """Put a submission back on the rails of its release, keeping all of the student's own work.
 
     Locked cells get the release's source back; graded, locked and task cells that are missing are put back in their
-    place; metadata is the release's own, and of a cell id that appears twice only the first counts. Cells the student
-    added stay where they are.
+    place; metadata is the release's own, and of a name that appears twice only the first counts. Cells the student
+    added stay where they are, raw HTML in their Markdown made harmless.
     """
     originals = {grade_id(cell): cell for cell in release.cells if grade_id(cell)}
-    unnamed = {cell["id"]: cell for cell in release.cells if not grade_id(cell)}
+    demos = {key: cell for cell in release.cells if is_demo(cell) for key in (cell["id"], cell.source)}
     cells: list[NotebookNode] = []
     seen: set[str] = set()
     for cell in submitted.cells:
@@ -187,10 +198,12 @@ def sanitise(submitted: NotebookNode, release: NotebookNode) -> NotebookNode:
             restored = _restore(cell, original)
         else:
             restored = _new_cell(cell.cell_type, cell.source)
-            twin = unnamed.get(cell["id"]) if name is None else None
-            if twin is not None and "demo" in twin.metadata.get("tags", []):
-                restored.metadata["tags"] = ["demo"]
+            demo = demos.get(cell["id"]) or demos.get(cell.source)
+            if name is None and demo is not None and cell.cell_type == "code":
+                restored.metadata = NotebookNode(demo.metadata)
                 restored["outputs"] = cell.get("outputs", [])
+            elif cell.cell_type == "markdown":
+                restored.source = _TAG.sub("&lt;", cell.source)
         restored["id"] = original["id"] if original is not None else cell["id"]
         cells.append(restored)
     for position, cell in enumerate(release.cells):
@@ -211,8 +224,6 @@ def _restore(cell: NotebookNode, original: NotebookNode) -> NotebookNode:
     """The release's cell, with the student's source where the student may write."""
     restored = _new_cell(original.cell_type, cell.source if _is_editable(original) else original.source)
     restored.metadata = NotebookNode(original.metadata)
-    if "demo" in original.metadata.get("tags", []):
-        restored["outputs"] = cell.get("outputs", [])
     return restored
 
 
@@ -231,9 +242,9 @@ def _is_plain_solution(cell: NotebookNode) -> bool:
 
 def _make_ids_unique(cells: list[NotebookNode]) -> None:
     used: set[str] = set()
-    for number, cell in enumerate(cells):
-        while cell["id"] in used:
-            cell["id"] = f"{cell['id'][:50]}-{number}"
+    for cell in cells:
+        if cell["id"] in used:
+            cell["id"] = next(name for n in itertools.count() if (name := f"{cell['id'][:50]}-{n}") not in used)
         used.add(cell["id"])
 
 
@@ -247,5 +258,5 @@ def to_run(notebook: NotebookNode) -> list[tuple[int, str, str]]:
     return [
         (index, cell_label(cell, index + 1), cell.source)
         for index, cell in enumerate(notebook.cells)
-        if cell.cell_type == "code" and not is_graded(cell) and "demo" not in cell.metadata.get("tags", [])
+        if cell.cell_type == "code" and not is_graded(cell) and not is_demo(cell)
     ]

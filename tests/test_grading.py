@@ -165,3 +165,28 @@ def test_the_command_works_as_a_module(student, write):
         [sys.executable, "-m", "autograder", "grade", str(write(student(LAB)))], capture_output=True, text=True
     )
     assert run.returncode == 0 and run.stdout.count("TODO") == len(run.stdout.splitlines()) - 1, run.stderr
+
+
+def test_a_slow_notebook_keeps_what_was_run_in_time(solution, write):
+    """Do cells that take the notebook's time cost only themselves and what follows?"""
+    notebook = solution(LAB)
+    for _ in range(3):
+        notebook.cells.insert(len(notebook.cells), nbformat.v4.new_code_cell("import time\ntime.sleep(30)"))
+    report = grade(write(notebook), limits=Limits(notebook=8))
+    assert report.score == 62
+    assert sum("stopped after" in note for note in report.notes) == 1
+    assert sum("took the time of the whole notebook" in note for note in report.notes) == 2
+
+
+def test_many_deadly_cells_do_not_undo_the_good_ones(solution, write):
+    notebook = solution(LAB)
+    notebook.cells += [nbformat.v4.new_code_cell("import os\nos._exit(1)") for _ in range(6)]
+    assert grade(write(notebook)).score == 62
+
+
+def test_magics_and_stray_checks_do_not_stop_a_cell(solution, write):
+    notebook = solution(LAB)
+    stray = "%matplotlib inline\nfrom difflab.check import check\ncheck('add_noise')\nexit\n"
+    _code(notebook, "add_noise").source = stray + _code(notebook, "add_noise").source
+    report = grade(write(notebook))
+    assert report.score == 62 and report.notes == []

@@ -3,29 +3,19 @@
 from __future__ import annotations
 
 import csv
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import nbformat
 import pytest
 
-from autograder.demo import CLASS
+from autograder.demo import CLASS, nbgrader
 from autograder.demo import main as demo
 from autograder.grading import grade
 from autograder.notebooks import grade_id, is_graded
 
 LAB = "lab05_sampling"
 pytestmark = pytest.mark.slow
-
-
-def _nbgrader(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
-    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
-    return subprocess.run(
-        [sys.executable, "-m", "nbgrader", *arguments], cwd=folder, env=environment, capture_output=True, text=True
-    )
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +32,7 @@ def test_scores_of_the_example_class(graded_class):
     assert scores.keys() == CLASS.keys()
 
 
-def test_the_command_line_agrees_with_nbgrader(graded_class):
+def test_the_command_line_agrees_withnbgrader(graded_class):
     for student in ("chen", "emeka"):
         autograded = nbformat.read(graded_class / "autograded" / student / LAB / f"{LAB}.ipynb", as_version=4)
         verdicts = {grade_id(c): c.outputs[0].output_type == "stream" for c in autograded.cells if is_graded(c)}
@@ -82,7 +72,7 @@ def test_a_broken_submission_harms_no_one_else(graded_class, tmp_path):
     for student in CLASS:
         if student != "dara":
             shutil.rmtree(folder / "submitted" / student)
-    run = _nbgrader(folder, "autograde", LAB)
+    run = nbgrader(folder, "autograde", LAB)
     assert "not JSON" in run.stderr and "aaron" in run.stderr and "Traceback" not in run.stderr, run.stderr
     assert (folder / "autograded" / "dara" / LAB / f"{LAB}.ipynb").exists()
     told = (folder / "autograded" / "aaron" / LAB / f"{LAB}.ipynb").read_text()
@@ -94,10 +84,10 @@ def test_validate_names_what_fails(student, solution, tmp_path):
     notebook = student(LAB)
     notebook.cells = [c for c in notebook.cells if "demo" not in c.metadata.get("tags", [])]
     nbformat.write(notebook, target)
-    run = _nbgrader(tmp_path, "validate", str(target))
+    run = nbgrader(tmp_path, "validate", str(target))
     assert "VALIDATION FAILED ON" in run.stdout and "add_noise" in run.stdout
     notebook = solution(LAB)
     notebook.cells = [c for c in notebook.cells if "demo" not in c.metadata.get("tags", [])]
     nbformat.write(notebook, target)
-    run = _nbgrader(tmp_path, "validate", str(target))
+    run = nbgrader(tmp_path, "validate", str(target))
     assert "Success" in run.stdout, run.stdout + run.stderr

@@ -144,3 +144,43 @@ def test_demos_and_check_cells_are_not_run_even_if_retagged(student, tmp_path):
     sources = "\n".join(source for _, _, source in to_run(clean))
     assert "check(" not in sources.replace("import check", "") and "plots.trajectory(ddpm" not in sources
     assert "def add_noise" in sources
+
+
+def test_colliding_ids_come_to_an_end(student, tmp_path):
+    """Three cells that named each other's replacement once made the search for a free name endless."""
+    submitted = student(LAB)
+    for identity in ("a" * 50, "a" * 50 + "-0", "a" * 50 + "-1", "a" * 50):
+        cell = nbformat.v4.new_code_cell("1")
+        cell["id"] = identity
+        submitted.cells.append(cell)
+    path = tmp_path / "x.ipynb"
+    path.write_text(json.dumps(submitted))
+    clean = sanitise(read_notebook(path), student(LAB))
+    assert len({c["id"] for c in clean.cells}) == len(clean.cells)
+
+
+def test_raw_html_in_a_students_markdown_is_text(student, tmp_path):
+    submitted = student(LAB)
+    live = '<img src=x onerror="alert(1)"> $a < b$ <script>x</script>'
+    submitted.cells.append(nbformat.v4.new_markdown_cell(live))
+    clean = sanitise(_through_disk(submitted, tmp_path), student(LAB))
+    assert clean.cells[-1].source == '&lt;img src=x onerror="alert(1)"> $a < b$ &lt;script>x&lt;/script>'
+    assert "<details>" in nbformat.writes(clean), "the lab's own text keeps its hints"
+
+
+def test_demos_are_known_by_their_source_when_ids_are_gone(student, tmp_path):
+    submitted = student(LAB)
+    for number, cell in enumerate(submitted.cells):
+        cell["id"] = f"other-{number}"
+    clean = sanitise(_through_disk(submitted, tmp_path), student(LAB))
+    assert len(to_run(clean)) == len(to_run(student(LAB)))
+
+
+def test_half_a_surrogate_and_too_many_cells(student, tmp_path):
+    path = tmp_path / "x.ipynb"
+    cell = {"cell_type": "code", "source": "s = '\ud800'", "metadata": {}}
+    path.write_text(json.dumps({"nbformat": 4, "nbformat_minor": 5, "metadata": {}, "cells": [cell]}))
+    read_notebook(path).cells[0].source.encode("utf-8")
+    path.write_text(json.dumps({"nbformat": 4, "nbformat_minor": 5, "metadata": {}, "cells": [cell] * 1001}))
+    with pytest.raises(CannotGrade, match="1,001 cells"):
+        read_notebook(path)

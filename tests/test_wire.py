@@ -159,3 +159,18 @@ def test_silence_times_out_and_a_closed_end_is_eof():
     one.close()
     with pytest.raises(EOFError):
         other.receive(time.monotonic() + 5)
+
+
+def test_what_cannot_be_packed_is_unsendable_not_a_crash():
+    for value in ("\ud800", np.array([object()]), {"a": np.array(["x"])}):
+        with pytest.raises(Unsendable):
+            encode(value)
+
+
+def test_figures_do_not_nest_and_small_messages_stay_small():
+    figure = msgpack.packb(msgpack.ExtType(5, msgpack.packb([b"", []])))
+    nested = msgpack.packb(msgpack.ExtType(5, msgpack.packb([b"", [msgpack.unpackb(figure)]])))
+    with pytest.raises(Malformed):
+        decode(nested)
+    with pytest.raises(Malformed, match="values|exceeds"):
+        decode(msgpack.packb([{}] * 250_000))

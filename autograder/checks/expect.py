@@ -4,18 +4,32 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from autograder.checks import CheckFailed
-from autograder.submission.client import StudentError
+from autograder.submission.client import ContractBroken, Missing, StudentError
 
-__all__ = ["close", "fail", "noise", "raises_value_error", "same", "tensor", "tensors"]
+__all__ = [
+    "close",
+    "fail",
+    "is_close",
+    "matches_own_draws",
+    "noise",
+    "noise_problem",
+    "raises_value_error",
+    "same",
+    "tensor",
+    "tensors",
+    "trajectory",
+]
 
-# A correct submission fails a statistical comparison once in a billion: |z| < 6.1 for a normal variable.
+# A correct submission fails a statistical comparison at most once in a billion: |z| < 6.1 for a normal variable. The
+# variance's own distribution is skewed and the kurtosis's has long tails, hence the wider margins below; with 25 000
+# numbers they still tell a variance that is off by 7 %, or a correlation of 0.04.
 Z = 6.1
 
 
@@ -43,7 +57,7 @@ def tensor(value: Any, what: str, shape: tuple[int, ...] | None = None, dtype: t
         fail(
             f"{what} has shape {list(value.shape)}; expected {list(shape)}."
             + (" A coefficient of shape [B] must be reshaped to [B, 1, 1, 1] before it multiplies images."
-               if len(shape) == 4 else "")
+               if len(shape) == 4 and value.shape[:2] == (shape[0], shape[0]) else "")
         )  # fmt: skip
     if dtype is not None and value.dtype != dtype:
         fail(f"{what} has dtype {value.dtype}; expected {dtype}")
@@ -149,6 +163,49 @@ def noise(residual: Tensor, what: str) -> None:
     problem = noise_problem(residual)
     if problem:
         fail(f"{what}: {problem}.")
+
+
+def matches_own_draws(x_s: Tensor, draw: Callable[[], Any], x_t: Tensor) -> bool:
+    """Could x_s be one more draw of `draw`, a step of the student's own from x_t? A step that does nothing is none.
+
+    False also if the step does not work. Against the mean of n repeats a draw varies by 1 + 1/n of its variance.
+    """
+    try:
+        repeats = torch.stack([tensor(draw(), "", tuple(x_t.shape)).double() for _ in range(24)])
+    except (CheckFailed, StudentError, ContractBroken, Missing):
+        return False
+    mean, variance = repeats.mean(0), repeats.var(0).mean().item()
+    if (mean - x_t.double()).abs().max() < 1e-6:
+        return False
+    deviation = x_s.double() - mean
+    if variance < 1e-12:
+        return bool(deviation.abs().max() < 1e-3)
+    std = (variance * (1 + 1 / len(repeats))) ** 0.5
+    return abs(deviation.square().mean().sqrt().item() / std - 1) < 0.1 and abs(deviation.mean().item()) < 0.1 * std
+
+
+def trajectory(result: Any, network: Any, x_T: Tensor, what: str) -> tuple[Tensor, list[Tensor]]:
+    """(samples, states) of a sampler's (samples, trajectory), held to what the network was shown.
+
+    The trajectory starts with x_T, ends with the samples, and has in between what the network saw: one state more than
+    there were network calls. The samples keep the dtype of x_T.
+    """
+    samples, states = tensors(result, f"{what} with return_trajectory=True", 2)
+    shape = tuple(x_T.shape)
+    samples = tensor(samples, "the samples", shape, x_T.dtype)
+    seen = [x for x, _, _ in network.calls]
+    same(seen[0], x_T, f"{what} should start from the x_T it is given.")
+    if network.grad_enabled:
+        fail(f"{what} should run without gradients: decorate it with @torch.no_grad().")
+    if not isinstance(states, list) or len(states) != len(seen) + 1:
+        count = len(states) if isinstance(states, list) else "no"
+        fail(f"the trajectory should hold {len(seen) + 1} states, x_T and one after each step; it holds {count}.")
+    states = [tensor(state, "a state of the trajectory", shape) for state in states]
+    same(states[0], x_T, "the trajectory should start with x_T.")
+    same(states[-1], samples, "the trajectory should end with the samples that are returned.")
+    for k, x in enumerate(seen):
+        same(states[k], x, f"state {k} of the trajectory is not what the network was shown in step {k + 1}.")
+    return samples, states
 
 
 @contextlib.contextmanager

@@ -28,8 +28,7 @@ class Coefficients:
 
     def alpha_bar(self, t: int | Tensor) -> Tensor:
         """Cumulative product, 1 at t = -1."""
-        padded = torch.cat([torch.ones(1, dtype=torch.float64), self.schedule.alphas_cumprod.double()])
-        return _images_shape(padded[torch.as_tensor(t) + 1])
+        return _images_shape(self.schedule.alpha_bar(t).double())
 
     def alpha(self, t: int | Tensor) -> Tensor:
         """1 - beta_t."""
@@ -97,7 +96,7 @@ class RecordingNetwork(Network):
                 f"the network was asked about timestep {t.max().item() if t.max() > 0 else t.min().item()}; "
                 f"it knows 0 ... {self.schedule.num_timesteps - 1}"
             )
-        self.recorded += 2 * x.numel() + t.numel()
+        self.recorded += 2 * x.numel() + t.numel() + 256  # and something for every call
         if self.recorded > MAX_RECORDED:
             raise ValueError("the network was called far more often, or with far larger batches, than any step needs")
         self.grad_enabled |= bool(grad_enabled)

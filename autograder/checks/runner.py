@@ -102,6 +102,8 @@ def run_checks(
     output = io.StringIO()
     with _pytest_environment(), contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
         status = pytest.main(arguments, plugins=[plugin])
+    if status == pytest.ExitCode.INTERRUPTED:
+        raise KeyboardInterrupt
     if status not in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED):
         raise RuntimeError(f"the checks of {lab} could not be run (pytest: {status!r}): {output.getvalue()[-2000:]}")
     return plugin.results

@@ -17,7 +17,7 @@ from typing import Any, Protocol
 
 import torch
 
-from autograder.submission.server import Server, raised
+from autograder.submission.server import Server, exception_for
 from autograder.submission.wire import (
     Channel,
     Handle,
@@ -113,8 +113,8 @@ class Submission:
         request = {
             "object": None if target is None else target.id,
             "name": name,
-            "args": [self._lower(a) for a in args],
-            "kwargs": {key: self._lower(a) for key, a in kwargs.items()},
+            "args": [self._pack(a) for a in args],
+            "kwargs": {key: self._pack(a) for key, a in kwargs.items()},
         }
         reply = self._transport.exchange(request, self._answer)
         if not isinstance(reply, dict):
@@ -129,8 +129,8 @@ class Submission:
             if not (isinstance(error, list) and len(error) == 3 and all(isinstance(part, str) for part in error)):
                 raise SubmissionDied("the submission's process answered out of turn")
             if error[0] == "Unsendable":
-                raise ContractBroken(f"{name} returned something unexpected: {error[1]}")
-            raise StudentError(*error, call=name)
+                raise ContractBroken(f"{name} returned something unexpected: {error[1][:1000]}")
+            raise StudentError(error[0][:100], error[1][:1000], error[2][:200], call=name)
         if "result" not in reply:
             raise SubmissionDied("the submission's process answered out of turn")
         changed = reply.get("changed")
@@ -147,15 +147,15 @@ class Submission:
         result = reply["result"]
         return _RemoteObject(self, result) if isinstance(result, Handle) else result
 
-    def _lower(self, value: Any) -> Any:
+    def _pack(self, value: Any) -> Any:
         if isinstance(value, _RemoteObject):
             return value._handle
         if isinstance(value, NoiseSchedule):
             return ScheduleReference(value.betas64)
         if isinstance(value, list):
-            return [self._lower(item) for item in value]
+            return [self._pack(item) for item in value]
         if isinstance(value, dict):
-            return {key: self._lower(item) for key, item in value.items()}
+            return {key: self._pack(item) for key, item in value.items()}
         if isinstance(value, Network):
             return Reference(self._refer(value, value), "model", value.dtype)
         if callable(value):
@@ -224,7 +224,7 @@ def _outcome(answer: Callable[[int, str, list], Any], call: list) -> dict[str, A
     """What a call gives: its value, or the exception that the student's code is to see."""
     try:
         return {"return": answer(*call)}
-    except (ValueError, RuntimeError, TypeError) as error:  # TypeError: called with too few or too many arguments
+    except Exception as error:  # whatever a call from the student's code provokes is its own to handle
         return {"raise": [type(error).__name__, str(error)]}
 
 
@@ -244,5 +244,5 @@ class _LocalTransport:
     def _ask(self, identity: int, method: str, args: list) -> Any:
         outcome = decode(encode(_outcome(self.answer, decode(encode([identity, method, args])))))
         if "raise" in outcome:
-            raise raised(*outcome["raise"])
+            raise exception_for(*outcome["raise"])
         return outcome["return"]

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -16,12 +19,11 @@ from typing import Any
 
 from autograder.submission.client import Submission, SubmissionDied
 from autograder.submission.sandbox import Sandbox
-from autograder.submission.wire import Channel, Malformed
+from autograder.submission.wire import Channel, Malformed, Unsendable
 
 __all__ = ["CellResult", "Limits", "WorkerFailed", "WorkerProcess"]
 
 MAX_FATAL_CELLS = 3
-_KEPT_OUTPUTS = {"stream", "display_data", "error"}
 
 
 @dataclass(frozen=True)
@@ -60,9 +62,12 @@ class WorkerProcess:
     def _start(self) -> None:
         ours, theirs = socket.socketpair()
         command = [sys.executable, "-I", "-m", "autograder.submission.worker", str(theirs.fileno())]
+        self._folder = tempfile.mkdtemp(prefix="submission-")
+        os.chmod(self._folder, 0o777)  # another user may work in it
         self._process = subprocess.Popen(
-            self.sandbox.command(command),
-            env=self.sandbox.environment(),
+            self.sandbox.command(command, self._folder),
+            env=self.sandbox.environment(self._folder),
+            cwd=self._folder,
             pass_fds=[theirs.fileno()],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
@@ -100,6 +105,7 @@ class WorkerProcess:
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.kill()
         self._process.wait()
+        shutil.rmtree(self._folder, ignore_errors=True)
 
     def __enter__(self) -> WorkerProcess:
         return self
@@ -110,9 +116,10 @@ class WorkerProcess:
     # -- work -----------------------------------------------------------------------------------------------------
 
     def run_cells(self, cells: list[tuple[str, str]]) -> list[CellResult]:
-        """Run code cells, given as (label, source), in order.
+        """Run code cells, given as (label, source), in order, until the notebook's time is used up.
 
-        A cell that ends the process or cannot be stopped costs a second start, in which it is left out.
+        A cell that ends the process, or cannot be stopped, costs a fresh start in which the cells before it are run
+        again and it is left out.
 
         Returns:
             One result per cell, in the same order.
@@ -120,37 +127,41 @@ class WorkerProcess:
         Raises:
             WorkerFailed: if the worker cannot be started.
         """
-        end = time.monotonic() + self.limits.notebook
         fatal: dict[str, CellResult] = {}
+        todo = list(cells)
         while True:
             self._wait_until_ready()
-            results, culprit = self._run_once([cell for cell in cells if cell[0] not in fatal], end)
-            if culprit is not None:
-                fatal[culprit.label] = culprit
-                self.close()
-                self._start()
-                if len(fatal) <= MAX_FATAL_CELLS and time.monotonic() < end:
-                    continue
-            by_label = {result.label: result for result in results} | fatal
-            why = ("NotRun", "cells before it ended the process, or took the time of the whole notebook", "")
-            return [by_label.get(label, CellResult(label, error=why)) for label, _ in cells]
+            results, culprit = self._run_until_fatal(todo)
+            if culprit is None:
+                break
+            fatal[culprit.label] = culprit
+            todo = [cell for cell in todo if cell[0] != culprit.label]
+            if len(fatal) > MAX_FATAL_CELLS:
+                todo = todo[: len(results)]  # enough: what has worked so far is run once more, and no further
+            self.close()
+            self._start()
+        by_label = {result.label: result for result in results} | fatal
+        why = ("NotRun", "the cells before it ended the process, or took the time of the whole notebook", "")
+        return [by_label.get(label, CellResult(label, error=why)) for label, _ in cells]
 
-    def _run_once(self, cells: list[tuple[str, str]], end: float) -> tuple[list[CellResult], CellResult | None]:
-        seconds = self.limits.cell
+    def _run_until_fatal(self, cells: list[tuple[str, str]]) -> tuple[list[CellResult], CellResult | None]:
+        """Results of the cells that were run, and the cell that cost the process, if one did."""
+        end = time.monotonic() + self.limits.notebook
         results: list[CellResult] = []
-        try:
-            request = {"do": "run", "cells": [list(c) for c in cells], "cell_seconds": seconds}
-            self._control.send(request, time.monotonic() + 10)
-            for label, _source in cells:
-                deadline = min(time.monotonic() + seconds, end) + self.limits.grace
+        for label, source in cells:
+            seconds = min(self.limits.cell, end - time.monotonic())
+            if seconds <= 0:
+                break
+            try:
+                deadline = time.monotonic() + seconds + self.limits.grace
+                self._control.send({"do": "run", "label": label, "source": source, "seconds": seconds}, deadline)
                 results.append(_read_cell(self._control.receive(deadline), label))
-        except TimeoutError:
-            label = cells[len(results)][0]
-            message = f"the cell did not end within {seconds:.0f} s and could not be interrupted"
-            return results, CellResult(label, error=("TimeoutError", message, label))
-        except (EOFError, OSError, Malformed):
-            label = cells[len(results)][0]
-            return results, CellResult(label, error=("ProcessEnded", "the cell ended the notebook's process", label))
+            except TimeoutError:
+                message = f"the cell did not end within {seconds:.0f} s and could not be interrupted"
+                return results, CellResult(label, error=("TimeoutError", message, label))
+            except (EOFError, OSError, Malformed, Unsendable):
+                message = "the cell ended the notebook's process"
+                return results, CellResult(label, error=("ProcessEnded", message, label))
         return results, None
 
     @contextlib.contextmanager
@@ -162,6 +173,7 @@ class WorkerProcess:
         """
         ours, theirs = socket.socketpair()
         channel = Channel(ours)
+        self._wait_until_ready()
         soon = time.monotonic() + 10
         try:
             self._control.send({"do": "fork"}, soon)
@@ -185,41 +197,47 @@ class WorkerProcess:
                 self._control.receive(time.monotonic() + 10)
 
 
+MAX_TEXT, MAX_PICTURE = 400_000, 4_000_000  # characters of one cell's output, of one picture
+_BASE64 = re.compile(r"[A-Za-z0-9+/=\n]*")
+
+
 def _read_cell(reply: Any, label: str) -> CellResult:
     """Take over a cell's reply, field by field: it comes from the submission's process."""
     if not isinstance(reply, dict) or reply.get("cell") != label or not isinstance(reply.get("outputs"), list):
         raise Malformed("not the outputs of the cell that was run")
-    outputs = []
+    outputs, room = [], MAX_TEXT
     for output in reply["outputs"][:1000]:
-        if not isinstance(output, dict) or output.get("output_type") not in _KEPT_OUTPUTS:
+        if not isinstance(output, dict):
             raise Malformed("an output of unknown kind")
-        kind = output["output_type"]
+        kind = output.get("output_type")
         if kind == "stream":
             name = "stderr" if output.get("name") == "stderr" else "stdout"
-            outputs.append({"output_type": kind, "name": name, "text": _string(output.get("text"))})
+            outputs.append({"output_type": kind, "name": name, "text": _string(output.get("text"), room)})
+            room -= len(outputs[-1]["text"])
         elif kind == "error":
-            trace = [_string(line) for line in output.get("traceback") or []]
-            outputs.append(
-                {
-                    "output_type": kind,
-                    "ename": _string(output.get("ename")),
-                    "evalue": _string(output.get("evalue")),
-                    "traceback": trace,
-                }
-            )
+            name, value = _string(output.get("ename"), 100), _string(output.get("evalue"), 2000)
+            trace = [_string(line, 4000) for line in (output.get("traceback") or [])[:20]]
+            outputs.append({"output_type": kind, "ename": name, "evalue": value, "traceback": trace})
+        elif kind == "display_data" and isinstance(output.get("data"), dict):
+            data = {}
+            if "text/plain" in output["data"]:
+                data["text/plain"] = _string(output["data"]["text/plain"], room)
+                room -= len(data["text/plain"])
+            png = output["data"].get("image/png")
+            if isinstance(png, str) and len(png) <= MAX_PICTURE and _BASE64.fullmatch(png):
+                data["image/png"] = png
+            outputs.append({"output_type": kind, "data": data, "metadata": {}})
         else:
-            data = output.get("data") if isinstance(output.get("data"), dict) else {}
-            kept = {mime: _string(data[mime]) for mime in ("text/plain", "image/png") if mime in data}
-            outputs.append({"output_type": kind, "data": kept, "metadata": {}})
+            raise Malformed("an output of unknown kind")
     error = reply.get("error")
     if error is not None:
         if not (isinstance(error, list) and len(error) == 3):
             raise Malformed("an error is not described properly")
-        error = tuple(_string(part) for part in error)
+        error = (_string(error[0], 100), _string(error[1], 2000), _string(error[2], 200))
     return CellResult(label, outputs, error)
 
 
-def _string(value: Any) -> str:
+def _string(value: Any, limit: int) -> str:
     if not isinstance(value, str):
         raise Malformed("text was expected")
-    return value
+    return value[: max(0, limit)]

@@ -34,10 +34,10 @@ class Sandbox:
     level: str
     note: str  # what it does not protect from, in one line; empty for the strongest
 
-    def command(self, arguments: list[str]) -> list[str]:
-        """The command line that runs `arguments` inside."""
+    def command(self, arguments: list[str], folder: str) -> list[str]:
+        """The command line that runs `arguments` inside, with `folder` to work in."""
         if self.level == "bwrap":
-            return _bwrap(arguments)
+            return _bwrap(arguments, folder)
         if self.level == "uid":
             return [
                 "setpriv",
@@ -49,14 +49,14 @@ class Sandbox:
             ]
         return arguments
 
-    def environment(self) -> dict[str, str]:
+    def environment(self, folder: str) -> dict[str, str]:
         """A clean environment: nothing of the grader's own, no network proxies, no tokens."""
         return {
             "PATH": f"{Path(sys.executable).parent}:/usr/bin:/bin",
-            "HOME": "/tmp",
+            "HOME": folder,
             "LANG": "C.UTF-8",
             "MPLBACKEND": "agg",
-            "MPLCONFIGDIR": "/tmp/matplotlib" if self.level == "bwrap" else os.devnull,
+            "DIFFLAB_GRADING": "1",  # check(...) in a student's own cell is answered later, from outside
             "OMP_NUM_THREADS": "1",
             "MKL_NUM_THREADS": "1",
             "PYTHONDONTWRITEBYTECODE": "1",
@@ -88,11 +88,13 @@ def choose(level: str = "auto") -> Sandbox:
 def _candidates() -> Iterator[Sandbox]:
     yield Sandbox("bwrap", "")
     yield Sandbox(
-        "uid", "submissions can read world-readable files and use the network; install bubblewrap to prevent it"
+        "uid",
+        "submissions can use the network and read what every user can, the solutions perhaps included; "
+        "install bubblewrap to prevent it",
     )
     yield Sandbox(
         "none",
-        "submissions run as your user and could read and change your files, the gradebook included; "
+        "submissions run as your user and could read and change your files, solutions and gradebook included; "
         "install bubblewrap, or grade on a machine that holds nothing else",
     )
 
@@ -108,8 +110,8 @@ def _probe(sandbox: Sandbox) -> str | None:
         return "it needs root and the program setpriv"
     try:
         run = subprocess.run(
-            sandbox.command([sys.executable, "-I", "-c", "import msgpack, autograder, difflab"]),
-            env=sandbox.environment(), stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=30,
+            sandbox.command([sys.executable, "-I", "-c", "import msgpack, autograder, difflab"], "/tmp"),
+            env=sandbox.environment("/tmp"), stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=30,
         )  # fmt: skip
     except (OSError, subprocess.TimeoutExpired) as error:
         return str(error)
@@ -118,9 +120,10 @@ def _probe(sandbox: Sandbox) -> str | None:
     return (run.stderr.strip().splitlines() or [f"exit status {run.returncode}"])[-1][:200]
 
 
-def _bwrap(arguments: list[str]) -> list[str]:
+def _bwrap(arguments: list[str], folder: str) -> list[str]:
     root = Path(autograder.__file__).resolve().parents[1]
-    hidden = {Path.home().resolve(), Path("/tmp"), Path("/var/tmp"), Path("/run"), root}
+    hidden = {Path.home().resolve(), Path.cwd().resolve(), Path("/tmp"), Path("/var/tmp"), Path("/run"), root}
+    hidden.discard(Path("/"))
     visible = [
         Path(sys.prefix).resolve(),
         Path(sys.base_prefix).resolve(),
@@ -136,5 +139,5 @@ def _bwrap(arguments: list[str]) -> list[str]:
     for path in sorted(set(visible)):
         if path.exists():
             command += ["--ro-bind", str(path), str(path)]
-    command += ["--unshare-all", "--die-with-parent", "--new-session", "--chdir", "/tmp", "--"]
+    command += ["--dir", folder, "--unshare-all", "--die-with-parent", "--new-session", "--chdir", folder, "--"]
     return command + arguments

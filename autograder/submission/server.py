@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from autograder.submission.wire import Figure, Handle, Reference, ScheduleReference, Unsendable
+from autograder.submission.wire import Figure, Handle, Reference, ScheduleReference
 from difflab.schedule import NoiseSchedule
 
-__all__ = ["RemoteModel", "Server", "raised"]
+__all__ = ["RemoteModel", "Server", "describe", "exception_for"]
 
 
 Ask = Callable[[int, str, list], Any]  # (id of what is asked, its method, arguments) -> answer
@@ -77,11 +77,11 @@ class Server:
             with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
                 return self._answer(request)
         except (Exception, SystemExit) as error:
-            return {"error": self._describe(error)}
+            return {"error": describe(error, self.student_file)}
 
     def _answer(self, request: dict[str, Any]) -> dict[str, Any]:
-        arguments = [self._raise_value(a) for a in request["args"]]
-        keywords = {name: self._raise_value(a) for name, a in request["kwargs"].items()}
+        arguments = [self._unpack(a) for a in request["args"]]
+        keywords = {name: self._unpack(a) for name, a in request["kwargs"].items()}
         if request["object"] is None:
             if request["name"] not in self.namespace:
                 return {"missing": request["name"]}
@@ -103,9 +103,9 @@ class Server:
             for name, old, new in zip(names, before, given)
             if old is not None and not (old.shape == new.shape and torch.equal(old.nan_to_num(), new.nan_to_num()))
         ]
-        return {"result": self._lower_value(result), "changed": changed, "shared": _shared_memory(result)}
+        return {"result": self._pack(result), "changed": changed, "shared": _shared_memory(result)}
 
-    def _raise_value(self, value: Any) -> Any:
+    def _unpack(self, value: Any) -> Any:
         if isinstance(value, Handle):
             return self.objects[value.id]
         if isinstance(value, Reference):
@@ -119,41 +119,43 @@ class Server:
         if isinstance(value, ScheduleReference):
             return NoiseSchedule(value.betas)
         if isinstance(value, list):
-            return [self._raise_value(item) for item in value]
+            return [self._unpack(item) for item in value]
         if isinstance(value, dict):
-            return {key: self._raise_value(item) for key, item in value.items()}
+            return {key: self._unpack(item) for key, item in value.items()}
         return value
 
-    def _lower_value(self, value: Any) -> Any:
+    def _pack(self, value: Any) -> Any:
         """Figures become pictures; everything else is left to the wire, which says what it cannot carry."""
         from matplotlib.figure import Figure as MatplotlibFigure
 
         if isinstance(value, MatplotlibFigure):
-            return _lower_figure(value)
+            return _pack_figure(value)
         if isinstance(value, (list, tuple)):
-            return [self._lower_value(item) for item in value]
+            return [self._pack(item) for item in value]
         if isinstance(value, dict):
-            return {key: self._lower_value(item) for key, item in value.items()}
+            return {key: self._pack(item) for key, item in value.items()}
         return value
 
-    def _describe(self, error: BaseException) -> list[str]:
-        """[type, message, where]: the innermost line of the student's own code, as "cell 12, line 3"."""
-        where = ""
-        for frame in traceback.extract_tb(error.__traceback__):
-            cell = self.student_file(frame.filename)
-            if cell:
-                where = f"{cell}, line {frame.lineno}"
-        kind = "Unsendable" if isinstance(error, Unsendable) else type(error).__name__
-        return [kind[:100], str(error)[:1000], where]
+
+def describe(error: BaseException, student_file: Callable[[str], str | None]) -> list[str]:
+    """[kind, message, where]: `where` is the innermost line of the student's own code, as "cell 12, line 3"."""
+    where = ""
+    for frame in traceback.extract_tb(error.__traceback__):
+        if student_file(frame.filename):
+            where = f"{student_file(frame.filename)}, line {frame.lineno}"
+    name = type(error).__name__
+    if isinstance(error, ValueError) and name != "ValueError":
+        return ["ValueError", f"{name}: {error}"[:1000], where]  # the contract asks for a ValueError: any kind will do
+    return [name[:100], str(error)[:1000], where]
 
 
-def raised(kind: str, message: str) -> Exception:
+def exception_for(kind: str, message: str) -> Exception:
     """The exception by which something on the grader's side answered a call, as the student's code sees it."""
     kinds = {"OutOfMemoryError": torch.OutOfMemoryError, "RuntimeError": RuntimeError}
     return kinds.get(kind, ValueError)(message)
 
 
-def _lower_figure(figure: Any) -> Figure:
+def _pack_figure(figure: Any) -> Figure:
     from matplotlib import pyplot as plt
 
     images = [

@@ -22,6 +22,7 @@ __all__ = ["Channel", "Figure", "Handle", "Malformed", "Reference", "ScheduleRef
 
 MAX_MESSAGE = 64 * 2**20  # bytes; a trajectory of 1000 states of 16 digits is 50 MB
 MAX_DEPTH = 16
+MAX_ITEMS = 200_000  # numbers outside tensors, lists and dicts of one message
 
 DTYPES = {
     "float64": torch.float64,
@@ -87,13 +88,18 @@ def encode(value: Any) -> bytes:
     Raises:
         Unsendable: if it holds anything this module does not list, or is too large or too deep.
     """
-    data = msgpack.packb(_lower(value, 0), use_bin_type=True)
+    try:
+        data = msgpack.packb(_pack(value, 0), use_bin_type=True)
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+        if isinstance(error, Unsendable):
+            raise
+        raise Unsendable(f"a value cannot be sent ({type(error).__name__}: {str(error)[:200]})") from None
     if len(data) > MAX_MESSAGE:
         raise Unsendable(f"the value has {len(data) / 2**20:.0f} MB; at most {MAX_MESSAGE // 2**20} MB can be sent")
     return data
 
 
-def _lower(value: Any, depth: int) -> Any:
+def _pack(value: Any, depth: int) -> Any:
     if depth > MAX_DEPTH:
         raise Unsendable(f"the value is nested more than {MAX_DEPTH} deep")
     if value is None or isinstance(value, (bool, str)):
@@ -105,13 +111,13 @@ def _lower(value: Any, depth: int) -> Any:
     if isinstance(value, (float, np.floating)):
         return float(value)
     if isinstance(value, torch.Tensor):
-        return _lower_tensor(value)
+        return _pack_tensor(value)
     if isinstance(value, np.ndarray):
-        return _lower_tensor(torch.from_numpy(np.ascontiguousarray(value)))
+        return _pack_tensor(torch.from_numpy(np.ascontiguousarray(value)))
     if isinstance(value, (list, tuple, range)):
-        return [_lower(item, depth + 1) for item in value]
+        return [_pack(item, depth + 1) for item in value]
     if isinstance(value, dict):
-        return {_lower_key(key): _lower(item, depth + 1) for key, item in value.items()}
+        return {_pack_key(key): _pack(item, depth + 1) for key, item in value.items()}
     if isinstance(value, Handle):
         return msgpack.ExtType(_HANDLE, msgpack.packb([value.id, value.class_name]))
     if isinstance(value, Reference):
@@ -119,13 +125,11 @@ def _lower(value: Any, depth: int) -> Any:
     if isinstance(value, ScheduleReference):
         return msgpack.ExtType(_SCHEDULE, value.betas.double().numpy().tobytes())
     if isinstance(value, Figure):
-        return msgpack.ExtType(
-            _FIGURE, msgpack.packb([value.png, [_lower(image, depth + 1) for image in value.images]])
-        )
+        return msgpack.ExtType(_FIGURE, msgpack.packb([value.png, [_pack(image, depth + 1) for image in value.images]]))
     raise Unsendable(f"a {type(value).__name__} cannot be sent; expected tensors, numbers, strings, lists or dicts")
 
 
-def _lower_key(key: Any) -> Any:
+def _pack_key(key: Any) -> Any:
     if isinstance(key, torch.Tensor) and key.ndim == 0:
         key = key.item()
     if isinstance(key, (str, int, float, np.integer, np.floating)):
@@ -133,7 +137,7 @@ def _lower_key(key: Any) -> Any:
     raise Unsendable(f"a dictionary key of type {type(key).__name__} cannot be sent; expected strings or numbers")
 
 
-def _lower_tensor(tensor: torch.Tensor) -> msgpack.ExtType:
+def _pack_tensor(tensor: torch.Tensor) -> msgpack.ExtType:
     name = str(tensor.dtype).removeprefix("torch.")
     if name not in DTYPES or tensor.layout != torch.strided or tensor.is_meta:
         raise Unsendable(
@@ -153,13 +157,30 @@ def decode(data: bytes) -> Any:
         Malformed: for anything `encode` would not have written.
     """
     try:
-        value = msgpack.unpackb(data, ext_hook=_raise_ext, strict_map_key=False, raw=False, max_ext_len=MAX_MESSAGE)
+        count = _Counter()
+        value = msgpack.unpackb(
+            data, ext_hook=_unpack_ext, list_hook=count, object_hook=count, strict_map_key=False, raw=False,
+            max_ext_len=MAX_MESSAGE, max_array_len=MAX_ITEMS, max_map_len=MAX_ITEMS,
+        )  # fmt: skip
         _check_depth(value, 0)
         return value
     except Malformed:
         raise
     except Exception as error:  # msgpack raises many kinds, some of them ours through ext_hook
         raise Malformed(f"the message cannot be read ({type(error).__name__}: {str(error)[:100]})") from None
+
+
+class _Counter:
+    """Counts items while a message is read: a megabyte of empty maps would become a hundred of Python objects."""
+
+    def __init__(self) -> None:
+        self.items = 0
+
+    def __call__(self, container: list | dict) -> list | dict:
+        self.items += 1 + len(container)
+        if self.items > MAX_ITEMS:
+            raise Malformed(f"the message holds more than {MAX_ITEMS:,} values")
+        return container
 
 
 def _check_depth(value: Any, depth: int) -> None:
@@ -177,7 +198,7 @@ def _check_depth(value: Any, depth: int) -> None:
         raise Malformed("the message holds a value of unknown type")
 
 
-def _raise_ext(code: int, data: bytes) -> Any:
+def _unpack_ext(code: int, data: bytes) -> Any:
     if code == _TENSOR:
         name, shape, raw = _unpack_list(data, 3)
         dtype = DTYPES.get(name) if isinstance(name, str) else None
@@ -207,13 +228,20 @@ def _raise_ext(code: int, data: bytes) -> Any:
             raise Malformed("a schedule is not described properly")
         return ScheduleReference(torch.frombuffer(bytearray(data), dtype=torch.float64))
     if code == _FIGURE:
-        png, images = _unpack_list(data, 2, ext_hook=_raise_ext)
+        png, images = _unpack_list(data, 2, ext_hook=_unpack_tensor_ext)
         if not isinstance(png, bytes) or not isinstance(images, list):
             raise Malformed("a figure is not described properly")
         if not all(isinstance(image, torch.Tensor) for image in images):
             raise Malformed("a figure holds something other than images")
         return Figure(png, images)
     raise Malformed(f"unknown extension {code}")
+
+
+def _unpack_tensor_ext(code: int, data: bytes) -> Any:
+    """Inside a figure: tensors only, so that figures cannot nest."""
+    if code != _TENSOR:
+        raise Malformed("a figure holds something other than images")
+    return _unpack_ext(code, data)
 
 
 def _unpack_list(data: bytes, length: int, **options: Any) -> list:

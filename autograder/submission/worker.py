@@ -3,7 +3,7 @@
 Started by `autograder.submission.process` as `python -m autograder.submission.worker FD`, usually in a sandbox.
 Messages on the control socket, each answered before the next is read:
 
-    {"do": "run", "cells": [[label, source], ...], "cell_seconds": s}   one reply per cell: its outputs
+    {"do": "run", "label": ..., "source": ..., "seconds": ...}     run one cell; the reply holds its outputs
     {"do": "fork"} and a socket     a child that serves `Server` requests on that socket; reply {"pid": ...}
     {"do": "end", "pid": ...}       kill the child and all it started; reply {"ended": ...}
 """
@@ -39,12 +39,22 @@ def main() -> None:
     from IPython.core.interactiveshell import InteractiveShell
 
     from autograder.submission.server import Server
+
+    class Shell(InteractiveShell):
+        """A shell without a window or a person: `%matplotlib inline` and `exit()` are no reason to stop a cell."""
+
+        def enable_gui(self, gui=None):
+            pass
+
+        def ask_exit(self):
+            pass
+
     from autograder.submission.wire import Channel
 
     _pin_threads(torch)
     control = Channel(control_socket)
     control.send({"ready": True})
-    shell = InteractiveShell.instance(colors="nocolor")
+    shell = Shell.instance(colors="nocolor")
     runner = _CellRunner(shell)
     children: set[int] = set()
     while True:
@@ -53,8 +63,7 @@ def main() -> None:
         except EOFError:
             return
         if request["do"] == "run":
-            for label, source in request["cells"]:
-                control.send(runner.run(label, source, request["cell_seconds"]))
+            control.send(runner.run(request["label"], request["source"], request["seconds"]))
         elif request["do"] == "fork":
             _, descriptors, _, _ = socket.recv_fds(control_socket, 1, 1)
             sys.stdout.flush()
@@ -86,7 +95,7 @@ def _pin_threads(torch: Any) -> None:
 
 def _serve(channel: Any, namespace: dict[str, Any], file_labels: dict[str, str], server_class: Any) -> None:
     """Answer requests on `channel` until it closes; never returns."""
-    from autograder.submission.server import raised
+    from autograder.submission.server import exception_for
     from autograder.submission.wire import Unsendable
 
     def ask(identity: int, method: str, arguments: list) -> Any:
@@ -94,7 +103,7 @@ def _serve(channel: Any, namespace: dict[str, Any], file_labels: dict[str, str],
         reply = channel.receive()
         if "raise" in reply:
             kind, message = reply["raise"]
-            raise raised(kind, message)
+            raise exception_for(kind, message)
         return reply["return"]
 
     server = server_class(namespace, ask, file_labels.get)
@@ -171,16 +180,14 @@ class _CellRunner:
         self.file_labels[name] = label
 
     def _describe(self, error: BaseException) -> list[str]:
-        import traceback
+        from autograder.submission.server import describe
 
-        where = ""
-        for frame in traceback.extract_tb(error.__traceback__):
-            if frame.filename in self.file_labels:
-                where = f"{self.file_labels[frame.filename]}, line {frame.lineno}"
+        kind, message, where = describe(error, self.file_labels.get)
         if isinstance(error, SyntaxError) and error.lineno:
             where = f"line {error.lineno}"
-        kind = "TimeoutError" if isinstance(error, _CellTimeout) else type(error).__name__
-        return [kind[:100], re.sub(r" \(<ipython-input-[^)]*\)| \(\d+\.py, line \d+\)", "", str(error))[:2000], where]
+        if isinstance(error, _CellTimeout):
+            kind = "TimeoutError"
+        return [kind, re.sub(r" \(<ipython-input-[^)]*\)| \(\d+\.py, line \d+\)", "", message), where]
 
     def _on_alarm(self, _signal: int, _frame: Any) -> None:
         raise _CellTimeout(f"the cell was stopped after {self.seconds:g} s")

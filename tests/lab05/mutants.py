@@ -114,8 +114,6 @@ MUTANTS = [
            {"ddpm_sample": "share memory"}),
     Mutant("seed inside", "ddpm_sample", "    if x_T is None:", "    torch.manual_seed(0)\n    if x_T is None:",
            {"ddpm_sample": "seed"}),
-    Mutant("gradients on", "ddpm_sample", "@torch.no_grad()", "",
-           {}),  # each ddpm_step turns them off itself
     # -- DDIM
     Mutant("x_0 without division", "ddim_predict_x0", _DDIM_X0, "return x_t - (1 - alpha_bar).sqrt() * eps",
            {"ddim_predict_x0": "division by √ᾱ_t left out"}),
@@ -162,7 +160,7 @@ MUTANTS = [
     Mutant("direction keeps its length", "ddim_step", "(1 - a_s - variance)", "(1 - a_s)",
            {"ddim_eta_step": "the direction keeps √(1 − ᾱ_s)"}),
     Mutant("eta ignored", "ddim_step", _SIGMA2, "variance = 0 * a_s",
-           {"ddim_eta_step": "adds no noise", "ddim_sample": "pass η on"}),
+           {"ddim_eta_step": "adds no noise"}),
     Mutant("eta twice", "ddim_step", "variance.sqrt() *", "eta * variance.sqrt() *",
            {"ddim_eta_step": "η is applied twice"}),
     Mutant("eta not squared", "ddim_step", "eta**2", "eta",
@@ -177,6 +175,10 @@ MUTANTS = [
            {"ddim_sample": "clean data (s = −1), is missing"}),
     Mutant("eta not passed on", "ddim_sample", "self.ddim_step(x, t, s, eta)", "self.ddim_step(x, t, s)",
            {"ddim_sample": "does not pass η on"}),
+    Mutant("half of eta passed on", "ddim_sample", "self.ddim_step(x, t, s, eta)", "self.ddim_step(x, t, s, eta / 2)",
+           {"ddim_sample": "with η = 1, the jump"}),
+    Mutant("nothing when eta > 0", "ddim_sample", "    if timesteps is None:", "    if eta > 0:\n        return None\n    if timesteps is None:",
+           {"ddim_sample": "`return` missing"}),
     Mutant("steps of one", "ddim_sample", "self.ddim_step(x, t, s, eta)", "self.ddim_step(x, t, t - 1, eta)",
            {"ddim_sample": "jump from t"}),
     Mutant("timesteps ignored", "ddim_sample", "if timesteps is None:", "if True:",

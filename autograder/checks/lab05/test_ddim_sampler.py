@@ -52,20 +52,20 @@ def _hold_schedule(sampler, kind: str, num_timesteps: int, num_steps: int) -> to
         expect.fail(f"{call} should be one-dimensional, got shape {list(timesteps.shape)}")
     if timesteps.dtype != torch.int64:
         expect.fail(f"{call} should be a LongTensor (int64), got {timesteps.dtype}; use .long()")
-    entries = timesteps.tolist()
-    if entries == sorted(entries) and len(entries) > 1:
+    entries = timesteps[: num_timesteps + 2].tolist()
+    if len(entries) > 1 and entries[0] < entries[-1]:
         expect.fail(f"{call} is ascending; sampling runs from T − 1 down to 0")
     if entries and (max(entries) >= num_timesteps or min(entries) < 0):
         expect.fail(f"{call} leaves 0 … {num_timesteps - 1}: it holds {min(entries)} … {max(entries)}")
-    if len(entries) != num_steps:
+    if len(timesteps) != num_steps:
         cause = (
             " (linspace(…, num_steps + 1) makes one too many; the last jump, from index 0 to clean data, needs no entry)"
-            if len(entries) == num_steps + 1
+            if len(timesteps) == num_steps + 1
             else " (removing repeats loses steps; resolve them so that the number stays)"
-            if len(entries) < num_steps and kind == "quadratic"
+            if len(timesteps) < num_steps and kind == "quadratic"
             else ""
         )
-        expect.fail(f"{call} should have exactly {num_steps} entries, got {len(entries)}{cause}")
+        expect.fail(f"{call} should have exactly {num_steps} entries, got {len(timesteps)}{cause}")
     if any(a <= b for a, b in zip(entries, entries[1:])):
         expect.fail(f"{call} should fall strictly; it repeats or rises: a repeated timestep wastes a network call")
     if entries[0] != num_timesteps - 1:
@@ -299,8 +299,6 @@ def test_ddim_sample(submission, rng):
         network.calls.clear()
         result = sampler.sample(shape, timesteps=timesteps, return_trajectory=True, x_T=x_T)
         calls = list(network.calls)
-        samples, trajectory = expect.tensors(result, "sample(shape, …, return_trajectory=True)", 2)
-        samples = expect.tensor(samples, "the samples", shape, torch.float32)
         wanted = list(range(59, -1, -1)) if timesteps is None else [int(t) for t in timesteps]
         what = "sample without timesteps" if timesteps is None else f"sample with timesteps {wanted}"
         if network.timesteps != wanted:
@@ -309,35 +307,49 @@ def test_ddim_sample(submission, rng):
                 hint = "; the last jump, from the last timestep to clean data (s = −1), is missing"
             expect.fail(
                 f"{what} should call the network {len(wanted)} times, once at each; "
-                f"it was called {len(network.calls)} times, at {[int(t) for t in network.timesteps[:9]]}{hint}."
+                f"it was called {len(calls)} times, at {[int(t) for t in network.timesteps[:9]]}{hint}."
             )
-        if network.grad_enabled:
-            expect.fail("sample should run without gradients: decorate it with @torch.no_grad().")
-        expect.same(network.calls[0][0], x_T, "sample should start from the x_T it is given.")
-        if not isinstance(trajectory, list) or len(trajectory) != len(wanted) + 1:
-            count = len(trajectory) if isinstance(trajectory, list) else "no"
-            expect.fail(
-                f"the trajectory should hold {len(wanted) + 1} states, x_T and one after each step; it holds {count}."
-            )
-        states = [expect.tensor(state, "a state of the trajectory", shape) for state in trajectory]
-        expect.same(states[0], x_T, "the trajectory should start with x_T.")
-        expect.same(states[-1], samples, "the trajectory should end with the samples that are returned.")
-        for k, (x, _, eps) in enumerate(calls):
-            expect.same(states[k], x, f"state {k} of the trajectory is not what the network was shown in step {k + 1}.")
+        _, states = expect.trajectory(result, network, x_T, "sample")
+        for k, (_, _, eps) in enumerate(calls):
             s = wanted[k + 1] if k + 1 < len(wanted) else -1
             _hold_jump(sampler, Coefficients(schedule), states[k], wanted[k], s, eps, states[k + 1])
 
     kept = [59, 40, 20, 5]
-    once, twice = (sampler.sample(shape, timesteps=kept, x_T=x_T) for _ in range(2))
-    expect.same(expect.tensor(twice, "samples", shape), once, "from one x_T, two runs with η = 0 should be identical.")
-    once, twice = (sampler.sample(shape, timesteps=kept, eta=1.0, x_T=x_T) for _ in range(2))
-    if bool((once == twice).all()):
-        expect.fail("two runs with η = 1 from one x_T are identical: sample does not pass η on to ddim_step.")
+    once, twice = (
+        expect.tensor(sampler.sample(shape, timesteps=kept, x_T=x_T), "the samples", shape) for _ in range(2)
+    )
+    expect.same(twice, once, "from one x_T, two runs with η = 0 should be identical.")
+    _hold_eta(sampler, network, kept, rng)
     network.calls.clear()
     expect.tensor(sampler.sample((64, 1, 20, 20), timesteps=[59, 20]), "sample(shape)", (64, 1, 20, 20), torch.float32)
+    if len(network.calls) != 2:
+        expect.fail(f"sample with two timesteps should call the network twice, not {len(network.calls)} times.")
     expect.noise(network.calls[0][0], "x_T drawn by sample when none is given")
     x_T = images(rng, *shape, dtype=torch.float64)
     expect.tensor(sampler.sample(shape, timesteps=kept, x_T=x_T), "samples from a float64 x_T", shape, torch.float64)
+
+
+def _hold_eta(sampler, network, timesteps, rng):
+    """With η = 1 every jump but the last must be a draw of the true DDIM step, or of the student's own."""
+    network.calls.clear()
+    x_T = images(rng, 32, 1, 28, 28)
+    result = sampler.sample(tuple(x_T.shape), timesteps=timesteps, eta=1.0, return_trajectory=True, x_T=x_T)
+    calls = list(network.calls)
+    if len(calls) != len(timesteps):
+        expect.fail(f"sample with η = 1 and {len(timesteps)} timesteps called the network {len(calls)} times.")
+    _, states = expect.trajectory(result, network, x_T, "sample")
+    c = network.coefficients
+    for k, (t, s) in enumerate(zip(timesteps, timesteps[1:])):
+        x_t, eps, x_s = states[k], calls[k][2], states[k + 1]
+        x_0 = c.predict_x0(x_t, eps, t)
+        problem = _eta_problem(x_s, c.ddim_mean(x_0, eps, t, s, 1.0), c.ddim_variance(t, s, 1.0), eps)
+        if problem is None or expect.matches_own_draws(
+            x_s, lambda t=t, s=s, x=x_t: sampler.ddim_step(x, t, s, 1.0), x_t
+        ):
+            continue
+        if expect.is_close(x_s, c.ddim_mean(x_0, eps, t, s, 0.0), 1e-3, 1e-3):
+            expect.fail("with η = 1 the samples are made as with η = 0: sample does not pass η on to ddim_step.")
+        expect.fail(f"with η = 1, the jump from t = {t} to s = {s} in sample is no draw of such a step: {problem}.")
 
 
 def _hold_jump(sampler, c, x_t, t, s, eps, x_s):
