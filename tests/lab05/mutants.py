@@ -178,7 +178,7 @@ MUTANTS = [
     Mutant("half of eta passed on", "ddim_sample", "self.ddim_step(x, t, s, eta)", "self.ddim_step(x, t, s, eta / 2)",
            {"ddim_sample": "with η = 1, the jump"}),
     Mutant("nothing when eta > 0", "ddim_sample", "    if timesteps is None:", "    if eta > 0:\n        return None\n    if timesteps is None:",
-           {"ddim_sample": "`return` missing"}),
+           {"ddim_sample": "called the network 0 times"}),
     Mutant("steps of one", "ddim_sample", "self.ddim_step(x, t, s, eta)", "self.ddim_step(x, t, t - 1, eta)",
            {"ddim_sample": "jump from t"}),
     Mutant("timesteps ignored", "ddim_sample", "if timesteps is None:", "if True:",
