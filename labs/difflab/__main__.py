@@ -79,6 +79,7 @@ def _parser() -> argparse.ArgumentParser:
     sample.add_argument("--eta", type=float, default=0.0)
     sample.add_argument("--num-samples", type=int, default=64)
     sample.add_argument("--batch-size", type=int, default=250)
+    sample.add_argument("--precision", choices=["float32", "bfloat16"], default="float32", help="of the network calls")
     sample.add_argument("--seed", type=int, default=0)
     sample.add_argument("--device", default=_default_device())
     sample.add_argument("--out", type=Path, default=Path("samples.png"), help=".png for a grid, .npz for a data set")
@@ -218,7 +219,13 @@ def _sample(arguments: argparse.Namespace) -> None:
     sizes = [arguments.batch_size] * (arguments.num_samples // arguments.batch_size)
     sizes += [arguments.num_samples % arguments.batch_size] * (arguments.num_samples % arguments.batch_size > 0)
     batches = []
-    with count_calls(model) as counter:
+    # The network alone runs in lower precision; the sampler's own arithmetic stays in float32.
+    low = arguments.precision == "bfloat16"
+    model.register_forward_hook(lambda _module, _inputs, eps: eps.float())
+    with (
+        count_calls(model) as counter,
+        torch.autocast(torch.device(arguments.device).type, torch.bfloat16, enabled=low),
+    ):
         start = time.perf_counter()
         for size in tqdm(sizes, unit="batch", disable=len(sizes) == 1):
             x_T = torch.randn(size, 1, 28, 28, generator=rng).to(arguments.device)
