@@ -54,7 +54,7 @@ def show_images(rows: Mapping[str, Tensor], column_titles: Sequence[str] = (), t
         axis.set_yticks([])
         axis.set_frame_on(False)
     for line, (label, images) in zip(axes, rows.items()):
-        line[0].set_ylabel(label, fontsize=9)
+        line[0].set_ylabel(label, fontsize=9, rotation=0, ha="right", va="center")
         for axis, image in zip(line, images.detach().float().cpu().numpy()):
             axis.imshow(image[0], cmap="gray", vmin=-1, vmax=1, interpolation="nearest")
     for axis, text in zip(axes[0], column_titles):

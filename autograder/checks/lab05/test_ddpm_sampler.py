@@ -26,7 +26,7 @@ def test_ddpm_posterior_mean(submission, rng):
     last = schedule.num_timesteps - 1
     x_t, eps = images(rng, 5, 1, 8, 8), images(rng, 5, 1, 8, 8)
     several = torch.tensor([last, last // 2, 40, 1, 0])
-    for t in (last, last // 2, int(torch.randint(20, last, (), generator=rng)), several, 0):
+    for t in (last // 3, int(torch.randint(20, last, (), generator=rng)), last, several, 0):
         label = "one timestep per image" if isinstance(t, torch.Tensor) else f"t = {t}"
         mean = expect.tensor(sampler.compute_posterior_mean(x_t, t, eps), "the posterior mean", x_t.shape)
         x, e = x_t.double(), eps.double()
@@ -52,10 +52,7 @@ def test_ddpm_posterior_mean(submission, rng):
             mistakes["the first image's timestep for the whole batch"] = c.posterior_mean(x, first, e)
         atol = _small_t_tolerance(t)
         atol = atol[:, None, None, None] if atol.ndim else atol
-        # Entries that rounding allows to differ are set to the expected value, so that one tolerance serves all.
-        expected = c.posterior_mean(x, t, e)
-        forgiven = torch.where((mean.double() - expected).abs() <= atol, expected, mean.double())
-        expect.close(forgiven, expected, f"the posterior mean at {label}", mistakes)
+        expect.close(mean, c.posterior_mean(x, t, e), f"the posterior mean at {label}", mistakes, 1e-4, atol)
 
 
 @graded(points=7, section="DDPM")
