@@ -54,6 +54,8 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--precision", choices=["float32", "bfloat16"], default="float32")
     train.add_argument("--seed", type=int, default=0)
     train.add_argument("--device", default=_default_device())
+    train.add_argument("--init", type=Path, default=None, metavar="CHECKPOINT",
+                       help="start a new run from these weights instead of random ones")  # fmt: skip
     train.add_argument("--samples-from", type=Path, default=None, metavar="NOTEBOOK",
                        help="draw a grid after each epoch with this notebook's DDIMSampler")  # fmt: skip
     train.set_defaults(command=_train)
@@ -117,7 +119,13 @@ def _train(arguments: argparse.Namespace) -> None:
     images, _ = datasets.load_mnist("train")
     test_images, _ = datasets.load_mnist("test")
     torch.manual_seed(arguments.seed)
-    model = UNet(arguments.channels, arguments.time_dim).to(arguments.device)
+    model = UNet(arguments.channels, arguments.time_dim)
+    if arguments.init is not None:
+        given, trained_on, _ = load_checkpoint(arguments.init)
+        if (given.config, trained_on.config) != (model.config, schedule.config):
+            raise ValueError(f"--init {arguments.init} holds another network or schedule than this run's")
+        model.load_state_dict(given.state_dict())
+    model.to(arguments.device)
     parameters = sum(p.numel() for p in model.parameters())
     print(f"{parameters:,} parameters, {schedule}, {len(images):,} images, {arguments.device}", flush=True)
 
