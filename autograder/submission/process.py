@@ -24,6 +24,8 @@ from autograder.submission.wire import Channel, Malformed, Unsendable
 __all__ = ["CellResult", "Limits", "WorkerFailed", "WorkerProcess"]
 
 MAX_FATAL_CELLS = 3
+MAX_TEXT, MAX_PICTURE = 400_000, 4_000_000  # characters of one cell's output, of one picture
+_BASE64 = re.compile(r"[A-Za-z0-9+/=\n]*")
 
 
 @dataclass(frozen=True)
@@ -195,10 +197,6 @@ class WorkerProcess:
             with contextlib.suppress(EOFError, OSError, TimeoutError, Malformed):
                 self._control.send({"do": "end", "pid": pid}, time.monotonic() + 10)
                 self._control.receive(time.monotonic() + 10)
-
-
-MAX_TEXT, MAX_PICTURE = 400_000, 4_000_000  # characters of one cell's output, of one picture
-_BASE64 = re.compile(r"[A-Za-z0-9+/=\n]*")
 
 
 def _read_cell(reply: Any, label: str) -> CellResult:
