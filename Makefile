@@ -20,15 +20,17 @@ test: $(VENV)/installed  ## everything: tests, every solution replayed, freshnes
 test-fast: $(VENV)/installed  ## the loop for daily work, without notebooks and classes
 	$(BIN)/ruff check . && $(BIN)/python -m pytest -q -m "not slow" tests
 
-soak: $(VENV)/installed  ## mutants, alternatives and the solution again, with ten other seeds
-	for seed in 100 200 300 400 500 600 700 800 900 1000; do DIFFLAB_TEST_SEED=$$seed $(BIN)/python -m pytest -q tests/lab05 || exit 1; done
+soak: $(VENV)/installed  ## the solution regraded 200 times, mutants and alternatives with three other seeds
+	DIFFLAB_TEST_REPEATS=200 $(BIN)/python -m pytest -q tests/lab05 -k again_and_again
+	for seed in 1000 2000 3000; do DIFFLAB_TEST_SEED=$$seed $(BIN)/python -m pytest -q tests/lab05 || exit 1; done
 
 notebooks: $(VENV)/installed  ## build and execute every notebook, and the rubric, from solutions/*.py
 	$(BIN)/python -m autograder build
 	$(BIN)/python docs/samplers.py
 
-benchmark: $(VENV)/installed  ## time and memory of grading one notebook
+benchmark: $(VENV)/installed  ## time and memory of grading one notebook; what sampling loops cost beside the network
 	$(BIN)/python benchmarks/grading.py
+	$(BIN)/python benchmarks/cached_loop.py
 
 lint: $(VENV)/installed  ## format the code and check it
 	$(BIN)/ruff format . && $(BIN)/ruff check --fix .

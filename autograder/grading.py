@@ -88,7 +88,7 @@ def grade_notebook(
     to_run = notebooks.to_run(notebook)
     with WorkerProcess(sandbox, limits or Limits()) as worker:
         cells = worker.run_cells([(label, source) for _, label, source in to_run])
-        results = run_checks(lab, worker.fork, seed=seed)
+        results = run_checks(lab, worker.fork, seed=seed, sources=[source for _, _, source in to_run])
     by_name = {result.name: result for result in results}
     order = [notebooks.grade_id(cell) for cell in notebook.cells if notebooks.is_graded(cell)]
     results.sort(key=lambda result: order.index(result.name) if result.name in order else len(order))

@@ -55,13 +55,15 @@ def check_here() -> Callable[..., dict[str, CheckResult]]:
     def check(notebook: NotebookNode, lab: str, seed: int = 0) -> dict[str, CheckResult]:
         torch.manual_seed(seed)
         namespace: dict = {"__name__": "__main__"}  # as in a kernel
-        for _, label, source in to_run(notebook):
+        cells = to_run(notebook)
+        for _, label, source in cells:
             exec(compile(source, label, "exec"), namespace)
 
         @contextlib.contextmanager
         def open_submission() -> Iterator[Submission]:
             yield Submission.local(namespace)
 
-        return {result.name: result for result in run_checks(lab, open_submission, seed=seed)}
+        results = run_checks(lab, open_submission, seed=seed, sources=[source for *_, source in cells])
+        return {result.name: result for result in results}
 
     return check

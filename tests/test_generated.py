@@ -39,7 +39,7 @@ def test_rubric_is_fresh(course):
 
 def test_points_of_lab05():
     text = rubric()
-    assert "62 automatic and 11 manual points" in text
+    assert "89 automatic and 11 manual points" in text
 
 
 def test_the_readme_says_what_is_there(course):

@@ -44,11 +44,11 @@ def _status(report):
 def test_the_solution_takes_every_automatic_point(solution, write, capsys, tmp_path):
     assert main(["grade", str(write(solution(LAB))), "--json", str(tmp_path / "report.json")]) == 0
     report = json.loads((tmp_path / "report.json").read_text())
-    assert report["score"] == report["max_score"] == 62 and report["manual_points"] == 11
+    assert report["score"] == report["max_score"] == 89 and report["manual_points"] == 11
     assert report["lab"] == LAB and report["device"] == "cpu" and report["notes"] == []
     assert all(c["status"] == "passed" and c["points"] == c["max_points"] for c in report["checks"])
     text = capsys.readouterr().out
-    assert "✓ ddim_sample" in text and "62 of 62 automatic points" in text
+    assert "✓ ddim_sample" in text and "89 of 89 automatic points" in text
 
 
 def test_the_untouched_notebook_scores_nothing_and_says_what_to_do(student, write, capsys):
@@ -65,7 +65,7 @@ def test_every_sandbox_gives_the_same_verdict(level, solution, write):
     except RuntimeError as error:
         pytest.skip(str(error))
     report = grade(write(solution(LAB)), sandbox=level)
-    assert report.score == 62 and report.sandbox == level
+    assert report.score == 89 and report.sandbox == level
 
 
 def test_what_cannot_be_graded_exits_with_2_and_one_line(tmp_path, capsys):
@@ -138,7 +138,7 @@ def test_a_check_cannot_disturb_the_next(solution, write):
         "    result = _original(self, *args, **kwargs)\n    ForwardProcessImpl.add_noise = _once\n    return result\n"
         "ForwardProcessImpl.add_noise = _once\n"
     )
-    assert grade(write(notebook)).score == 62
+    assert grade(write(notebook)).score == 89
 
 
 def test_two_runs_with_one_seed_give_one_report(student, write):
@@ -160,6 +160,23 @@ def test_the_network_call_is_seen_by_the_grader_alone():
             assert submission.Probe(GaussianOracle(NoiseSchedule.linear(10))).kind() == ["RemoteModel", 1]
 
 
+def test_attributes_and_functions_cross(tmp_path):
+    """Can a check replace an attribute, with a function of its own too, and does the object see it?"""
+    code = (
+        "class Box:\n"
+        "    value = 1\n"
+        "    def look(self): return self.value\n"
+        "    def use(self, a): return self.act(a, twice=True) + self.value"
+    )
+    with WorkerProcess(choose("auto"), Limits()) as worker:
+        worker.run_cells([("cell 1", code)])
+        with worker.fork() as submission:
+            box = submission.Box()
+            submission.set(box, "value", 5)
+            submission.set(box, "act", lambda a, twice: a * (2 if twice else 1))
+            assert (box.look(), box.use(10)) == (5, 25)
+
+
 def test_the_command_works_as_a_module(student, write):
     run = subprocess.run(
         [sys.executable, "-m", "autograder", "grade", str(write(student(LAB)))], capture_output=True, text=True
@@ -173,7 +190,7 @@ def test_a_slow_notebook_keeps_what_was_run_in_time(solution, write):
     for _ in range(3):
         notebook.cells.insert(len(notebook.cells), nbformat.v4.new_code_cell("import time\ntime.sleep(30)"))
     report = grade(write(notebook), limits=Limits(notebook=8))
-    assert report.score == 62
+    assert report.score == 89
     assert sum("stopped after" in note for note in report.notes) == 1
     assert sum("took the time of the whole notebook" in note for note in report.notes) == 2
 
@@ -181,7 +198,7 @@ def test_a_slow_notebook_keeps_what_was_run_in_time(solution, write):
 def test_many_deadly_cells_do_not_undo_the_good_ones(solution, write):
     notebook = solution(LAB)
     notebook.cells += [nbformat.v4.new_code_cell("import os\nos._exit(1)") for _ in range(6)]
-    assert grade(write(notebook)).score == 62
+    assert grade(write(notebook)).score == 89
 
 
 def test_magics_and_stray_checks_do_not_stop_a_cell(solution, write):
@@ -189,4 +206,4 @@ def test_magics_and_stray_checks_do_not_stop_a_cell(solution, write):
     stray = "%matplotlib inline\nfrom difflab.check import check\ncheck('add_noise')\nexit\n"
     _code(notebook, "add_noise").source = stray + _code(notebook, "add_noise").source
     report = grade(write(notebook))
-    assert report.score == 62 and report.notes == []
+    assert report.score == 89 and report.notes == []

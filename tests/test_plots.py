@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from difflab.plots import curves, image_grid, save_image_grid, show_images, tile, trajectory
+from difflab.metrics import Quality
+from difflab.plots import curves, image_grid, quality_curves, save_image_grid, show_images, tile, trajectory
+from difflab.quality_table import QualityTable, Row
 
 
 @pytest.fixture(autouse=True)
@@ -113,3 +115,22 @@ def test_save_image_grid_writes_three_screen_pixels_to_a_pixel(tmp_path):
     assert picture.shape == (3 * 10, 3 * 12)
     assert np.allclose(picture[::3, ::3], tile(images, 2), atol=1 / 255)
     assert np.array_equal(picture[1::3, 2::3], picture[::3, ::3])
+
+
+def test_log_ticks_are_the_measured_values():
+    figure = curves({"a": ([5, 10, 50], [3, 2, 1])}, "steps", "distance", xscale="log")
+    assert [label.get_text() for label in figure.axes[0].get_xticklabels()] == ["5", "10", "50"]
+
+
+def test_quality_curves_draw_every_kind_of_row_and_the_floor():
+    def row(method, calls, eta=0.0, schedule="uniform"):
+        return Row(method, calls, eta, schedule, (Quality(9, 100.0 / calls, 0.9, 0.9, [0.1] * 10, 0.7),), 1.0)
+
+    rows = [row("ddpm", 1000), row("ddim", 10), row("ddim", 50), row("ddim", 50, 1.0), row("ddim", 50, 0.5)]
+    table = QualityTable(9, "float32", "cpu", 16, (*rows, row("ddim", 20, schedule="quadratic")), row("real", 1))
+    figure = quality_curves(table, {10: 0.1, 1000: 9.0})
+    left, middle, right = figure.axes
+    labels = ["DDPM", "DDIM, η = 0", "DDIM, η = 0, quadratic", "DDIM, η = 0.5", "DDIM, η = 1"]
+    assert [text.get_text() for text in left.get_legend().get_texts()] == labels
+    assert [len(line.get_xdata()) for line in left.lines] == [1, 2, 1, 1, 1, 2] and len(middle.lines) == 6
+    assert list(right.lines[0].get_ydata()) == [0.1, 9.0] and "n = 9" in left.get_ylabel()

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from difflab import timing
-from difflab.timing import Timing, count_calls, measure
+from difflab.timing import Timing, count_calls, measure, measure_in_turns, peak_memory
 
 
 class _Network(torch.nn.Module):
@@ -40,7 +40,8 @@ def test_the_device_has_finished_whenever_the_clock_is_read(monkeypatch):
         return 0.0
 
     measure(lambda: events.append("work"), repeats=2, warmup=1, device="cuda", clock=clock)
-    assert events == ["work"] + 2 * ["sync cuda", "clock", "work", "sync cuda", "clock"]
+    timed = ["sync cuda", "clock", "work", "sync cuda", "clock"]
+    assert events == timed[:4] + 2 * timed
 
 
 @pytest.mark.parametrize(("repeats", "warmup"), [(0, 1), (1, -1)])
@@ -51,6 +52,48 @@ def test_impossible_counts_are_refused(repeats, warmup):
 
 def test_median_of_an_even_number_lies_between():
     assert Timing([1.0, 2.0, 4.0, 8.0]).median == 3.0
+
+
+def test_contestants_take_turns_and_warm_up_first():
+    order, now = [], [0.0]
+
+    def work(name, seconds):
+        def run():
+            order.append(name)
+            now[0] += seconds * (1 if order.count(name) > 1 else 100)
+
+        return run
+
+    a, b = measure_in_turns([work("a", 1.0), work("b", 3.0)], repeats=2, clock=lambda: now[0])
+    assert order == ["a", "b"] * 3
+    assert (a.seconds, b.seconds) == ([1.0, 1.0], [3.0, 3.0])
+
+
+# -- peak_memory ------------------------------------------------------------------------------------------------
+
+
+def _forget(steps):
+    x = torch.zeros(1000)
+    for _ in range(steps):
+        x = x + 1
+    return x
+
+
+def _keep(steps):
+    states = [torch.zeros(1000)]
+    for _ in range(steps):
+        states.append(states[-1] + 1)
+    return states
+
+
+@pytest.mark.parametrize(("work", "tensors"), [(_forget, 2), (_keep, 11)])
+def test_peak_memory_counts_what_lives_at_once(work, tensors):
+    assert peak_memory(lambda: work(10)) == 4000 * tensors
+
+
+def test_views_and_work_in_place_take_no_memory():
+    x = torch.zeros(1000)
+    assert peak_memory(lambda: x.view(10, 100).mul_(2)[3]) == 0
 
 
 # -- count_calls ------------------------------------------------------------------------------------------------

@@ -11,11 +11,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
-__all__ = ["CheckFailed", "Graded", "graded"]
+__all__ = ["CheckFailed", "Graded", "NotYet", "graded"]
 
 
 class CheckFailed(AssertionError):
     """A check's verdict against a submission; the message is the hint the student reads."""
+
+
+class NotYet(CheckFailed):
+    """There is not enough to judge yet; the message says what is still to be written."""
 
 
 class Graded(NamedTuple):

@@ -79,8 +79,9 @@ class RecordingNetwork(Network):
         self.calls: list[tuple[Tensor, Tensor, Tensor]] = []  # (x, t, predicted noise)
         self.recorded = 0
         self.grad_enabled = False  # was any call made with gradients on?
+        self.autocast: list[str | None] = []  # the dtype in force at each call
 
-    def forward(self, x: Tensor, t: Tensor, grad_enabled: bool) -> Tensor:
+    def forward(self, x: Tensor, t: Tensor, grad_enabled: bool, autocast: str | None = None) -> Tensor:
         """Predicted noise; the contract of `difflab.unet.UNet`."""
         if not isinstance(x, Tensor) or not isinstance(t, Tensor) or not x.is_floating_point():
             raise ValueError("the network takes two tensors: model(x, t) with x [B, C, H, W] and t [B]")
@@ -100,6 +101,7 @@ class RecordingNetwork(Network):
         if self.recorded > MAX_RECORDED:
             raise ValueError("the network was called far more often, or with far larger batches, than any step needs")
         self.grad_enabled |= bool(grad_enabled)
+        self.autocast.append(autocast)
         eps = self.predict(x, t)
         self.calls.append((x, t, eps))
         return eps

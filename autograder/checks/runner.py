@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 import torch
 
-from autograder.checks import CheckFailed, Graded
+from autograder.checks import CheckFailed, Graded, NotYet
 from autograder.submission.client import (
     ContractBroken,
     Missing,
@@ -87,6 +87,7 @@ def run_checks(
     open_submission: Callable[[], AbstractContextManager[Submission]],
     names: Sequence[str] | None = None,
     seed: int | None = None,
+    sources: Sequence[str] = (),
 ) -> list[CheckResult]:
     """Run the checks of a lab (or those named), each with a freshly opened submission and fresh random inputs.
 
@@ -95,8 +96,9 @@ def run_checks(
         open_submission: called once per check.
         names: which checks; None for all.
         seed: makes the random inputs repeatable; None takes one from the operating system.
+        sources: the submission's code cells, in the order they ran, for checks that read code.
     """
-    plugin = _Plugin(open_submission, names, secrets.randbits(48) if seed is None else seed)
+    plugin = _Plugin(open_submission, names, secrets.randbits(48) if seed is None else seed, sources)
     arguments = [str(folder_of(lab)), "--rootdir", str(CHECKS), "-c", str(CHECKS / "pytest.ini")]
     arguments += ["-p", "no:cacheprovider", "-p", "no:terminal", "-p", "no:logging", "-p", "no:warnings", "-s"]
     output = io.StringIO()
@@ -131,9 +133,13 @@ class _Plugin:
     """Gives the checks their fixtures and turns their outcomes into results."""
 
     def __init__(
-        self, open_submission: Callable[[], AbstractContextManager[Submission]], names: Sequence[str] | None, seed: int
+        self,
+        open_submission: Callable[[], AbstractContextManager[Submission]],
+        names: Sequence[str] | None,
+        seed: int,
+        sources: Sequence[str],
     ):
-        self.open_submission, self.names, self.seed = open_submission, names, seed
+        self.open_submission, self.names, self.seed, self.code_cells = open_submission, names, seed, sources
         self.results: list[CheckResult] = []
 
     @pytest.fixture
@@ -146,6 +152,11 @@ class _Plugin:
     def rng(self, request: pytest.FixtureRequest) -> torch.Generator:
         """Source of the check's random inputs."""
         return torch.Generator().manual_seed(self.seed + zlib.crc32(request.node.name.encode()))
+
+    @pytest.fixture
+    def sources(self) -> Sequence[str]:
+        """The code cells of the submission, in the order they ran."""
+        return self.code_cells
 
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
         items[:] = [
@@ -187,6 +198,8 @@ def _verdict(error: BaseException | None) -> tuple[str, str]:
         if error.kind == "NotImplementedError":
             return "todo", f"TODO: {error.call} is still to be written"
         return "failed", str(error)
+    if isinstance(error, NotYet):
+        return "todo", f"TODO: {error}"
     if isinstance(error, (CheckFailed, ContractBroken)):
         return "failed", str(error)
     if isinstance(error, Missing):

@@ -67,8 +67,10 @@ class Network:
     dtype = "float32"
     methods: frozenset[str] = frozenset({"forward"})
 
-    def forward(self, x: torch.Tensor, t: torch.Tensor, grad_enabled: bool) -> torch.Tensor:
-        """Predicted noise for x [B, C, H, W] at timesteps t [B]."""
+    def forward(
+        self, x: torch.Tensor, t: torch.Tensor, grad_enabled: bool, autocast: str | None = None
+    ) -> torch.Tensor:
+        """Predicted noise for x [B, C, H, W] at timesteps t [B]; `autocast` is the dtype in force, if any."""
         raise NotImplementedError
 
 
@@ -78,7 +80,10 @@ class _Function:
     methods = frozenset({"call"})
 
     def __init__(self, function: Callable[..., Any]):
-        self.call = function
+        self.function = function
+
+    def call(self, args: list, kwargs: dict[str, Any]) -> Any:
+        return self.function(*args, **kwargs)
 
 
 class _Transport(Protocol):
@@ -109,10 +114,17 @@ class Submission:
             raise AttributeError(name)
         return lambda *args, **kwargs: self._call(None, name, args, kwargs)
 
-    def _call(self, target: Handle | None, name: str, args: tuple, kwargs: dict[str, Any]) -> Any:
+    def set(self, target: _RemoteObject, name: str, value: Any) -> None:
+        """Replace an attribute of an object in the submission's process: a network that fails, a broken table."""
+        self._call(target._handle, name, (value,), {}, replace=True)
+
+    def _call(
+        self, target: Handle | None, name: str, args: tuple, kwargs: dict[str, Any], replace: bool = False
+    ) -> Any:
         request = {
             "object": None if target is None else target.id,
             "name": name,
+            "set": replace,
             "args": [self._pack(a) for a in args],
             "kwargs": {key: self._pack(a) for key, a in kwargs.items()},
         }

@@ -40,7 +40,11 @@ class RemoteModel(nn.Module):
 
     def forward(self, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         """Predicted noise, as the grader's network sees it."""
-        return self._ask(self._reference.id, "forward", [x, t, torch.is_grad_enabled()]).to(x.device)
+        kind = x.device.type if isinstance(x, torch.Tensor) else "cpu"
+        autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+        mode = [torch.is_grad_enabled(), str(autocast) if autocast else None]
+        # Under autocast a network of convolutions answers in the lower precision.
+        return self._ask(self._reference.id, "forward", [x, t, *mode]).to(device=x.device, dtype=autocast)
 
     def encode(self, x: torch.Tensor, t: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
         """The first half of `forward`, as on `difflab.unet.UNet`."""
@@ -91,6 +95,9 @@ class Server:
                 return {"result": Handle(len(self.objects) - 1, function.__name__)}
         else:
             instance = self.objects[request["object"]]
+            if request.get("set"):
+                setattr(instance, request["name"], arguments[0])
+                return {"result": None}
             if not hasattr(instance, request["name"]):
                 return {"missing": f"{type(instance).__name__}.{request['name']}"}
             function = getattr(instance, request["name"])
@@ -113,7 +120,7 @@ class Server:
                 self.references[value.id] = (
                     RemoteModel(value, self.ask)
                     if value.kind == "model"
-                    else lambda *args: self.ask(value.id, "call", list(args))
+                    else lambda *args, **kwargs: self.ask(value.id, "call", [list(args), kwargs])
                 )
             return self.references[value.id]
         if isinstance(value, ScheduleReference):

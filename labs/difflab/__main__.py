@@ -93,6 +93,18 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--num", type=int, default=None, help="how many of them, drawn at random")
     evaluate.add_argument("--seed", type=int, default=0)
     evaluate.set_defaults(command=_evaluate)
+
+    table = commands.add_parser("quality-table", help="measure every sampler of a notebook; run again to resume")
+    table.add_argument("--from", dest="notebook", type=Path, required=True, metavar="NOTEBOOK")
+    table.add_argument("--checkpoint", default="mnist-small", help="a .safetensors file or a name in data/")
+    table.add_argument("--num", type=int, default=2048, help="digits for each sampler and seed")
+    table.add_argument("--seeds", type=int, nargs="+", default=[0, 1], help="of x_T, one column of figures each")
+    table.add_argument("--batch-size", type=int, default=128)
+    table.add_argument("--precision", choices=["float32", "bfloat16"], default="float32", help="of the network calls")
+    table.add_argument("--device", default=_default_device())
+    table.add_argument("--work", type=Path, default=Path("runs/quality"), help="keeps finished batches")
+    table.add_argument("--out", type=Path, default=Path("quality.json"))
+    table.set_defaults(command=_quality_table)
     return parser
 
 
@@ -201,6 +213,7 @@ def _sampler_class(notebook: Path, name: str):
 
 def _sample(arguments: argparse.Namespace) -> None:
     from difflab.plots import save_image_grid
+    from difflab.quality_table import low_precision
 
     if arguments.out.suffix not in (".png", ".npz"):
         raise ValueError(f"--out must end in .png or .npz, got {arguments.out}")
@@ -211,9 +224,7 @@ def _sample(arguments: argparse.Namespace) -> None:
         raise ValueError("--num-samples, --batch-size and --num-steps must be at least 1")
     if arguments.method == "ddpm" and (arguments.num_steps is not None or arguments.eta):
         raise ValueError("--num-steps and --eta belong to --method ddim; ddpm always takes every timestep")
-    name = str(arguments.checkpoint)
-    path = Path(name) if name.endswith(".safetensors") else data_path(f"{name}.safetensors")
-    model, schedule, _ = load_checkpoint(path, arguments.device)
+    model, schedule = _checkpoint(arguments)
     sampler = _sampler_class(arguments.notebook, {"ddpm": "DDPMSampler", "ddim": "DDIMSampler"}[arguments.method])(
         model, schedule
     )
@@ -228,12 +239,7 @@ def _sample(arguments: argparse.Namespace) -> None:
     sizes += [arguments.num_samples % arguments.batch_size] * (arguments.num_samples % arguments.batch_size > 0)
     batches = []
     # The network alone runs in lower precision; the sampler's own arithmetic stays in float32.
-    low = arguments.precision == "bfloat16"
-    model.register_forward_hook(lambda _module, _inputs, eps: eps.float())
-    with (
-        count_calls(model) as counter,
-        torch.autocast(torch.device(arguments.device).type, torch.bfloat16, enabled=low),
-    ):
+    with count_calls(model) as counter, low_precision(model, arguments.precision, arguments.device):
         start = time.perf_counter()
         for size in tqdm(sizes, unit="batch", disable=len(sizes) == 1):
             x_T = torch.randn(size, 1, 28, 28, generator=rng).to(arguments.device)
@@ -250,6 +256,13 @@ def _sample(arguments: argparse.Namespace) -> None:
     else:
         _save_digits(arguments.out, samples)
     print(f"written to {arguments.out}")
+
+
+def _checkpoint(arguments: argparse.Namespace):
+    name = str(arguments.checkpoint)
+    path = Path(name) if name.endswith(".safetensors") else data_path(f"{name}.safetensors")
+    model, schedule, _ = load_checkpoint(path, arguments.device)
+    return model, schedule
 
 
 def _save_digits(path: Path, samples: torch.Tensor) -> None:
@@ -277,6 +290,23 @@ def _evaluate(arguments: argparse.Namespace) -> None:
         order = torch.randperm(len(images), generator=torch.Generator().manual_seed(arguments.seed))
         images = images[order[: arguments.num]]
     print(metrics.quality(images))
+
+
+def _quality_table(arguments: argparse.Namespace) -> None:
+    from difflab.quality_table import draw_rows, to_markdown
+
+    samplers = {method: _sampler_class(arguments.notebook, f"{method.upper()}Sampler") for method in ("ddpm", "ddim")}
+    model, schedule = _checkpoint(arguments)
+    if schedule.num_timesteps != 1000:
+        raise ValueError(f"the table is about networks with 1000 timesteps; this one has {schedule.num_timesteps}")
+    test_images, _ = datasets.load_mnist("test", fallback=False)
+    table = draw_rows(
+        samplers, model, schedule, test_images, arguments.work, arguments.num, tuple(arguments.seeds),
+        arguments.batch_size, arguments.precision, arguments.device,
+        report=lambda line: print(line, flush=True),
+    )  # fmt: skip
+    arguments.out.write_text(table.to_json() + "\n", encoding="utf-8")
+    print(to_markdown(table))
 
 
 if __name__ == "__main__":

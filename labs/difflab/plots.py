@@ -7,14 +7,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
-__all__ = ["curves", "image_grid", "save_image_grid", "show_images", "tile", "trajectory"]
+if TYPE_CHECKING:
+    from difflab.quality_table import QualityTable
+
+__all__ = ["curves", "image_grid", "quality_curves", "save_image_grid", "show_images", "tile", "trajectory"]
 
 
 def tile(images: Tensor, columns: int, gap: int = 2) -> np.ndarray:
@@ -83,9 +88,55 @@ def curves(
     for label, (x, y) in lines.items():
         axes.plot(x, y, marker="o", markersize=3, linewidth=1.2, label=label)
     axes.set(xlabel=xlabel, ylabel=ylabel, title=title, **axes_set)
+    if axes.get_xscale() == "log":
+        _plain_ticks(axes, sorted({value for x, _ in lines.values() for value in x}))
     axes.grid(alpha=0.3)
     if len(lines) > 1:
         axes.legend(fontsize=8)
+    plt.close(figure)
+    return figure
+
+
+def _plain_ticks(axes: Axes, values: Sequence[float]) -> None:
+    """On a logarithmic axis: the values that were measured, written out."""
+    axes.set_xticks(values, [f"{value:g}" for value in values])
+    axes.set_xticks([], minor=True)
+
+
+def quality_curves(table: QualityTable, seconds: Mapping[int, float]) -> Figure:
+    """What steps buy (Fréchet distance and recognised fraction of the measured table) and what they cost.
+
+    Args:
+        table: from `difflab.quality_table`.
+        seconds: network calls -> seconds, as you measured them.
+    """
+    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(11, 3.4), layout="constrained")
+    series = {
+        "DDPM": lambda row: row.method == "ddpm",
+        "DDIM, η = 0": lambda row: row.method == "ddim" and row.eta == 0 and row.schedule == "uniform",
+        "DDIM, η = 0, quadratic": lambda row: row.method == "ddim" and row.schedule == "quadratic",
+        "DDIM, η = 0.5": lambda row: row.method == "ddim" and row.eta == 0.5,
+        "DDIM, η = 1": lambda row: row.method == "ddim" and row.eta == 1,
+    }
+    for label, belongs in series.items():
+        rows = sorted((row for row in table.rows if belongs(row)), key=lambda row: row.network_calls)
+        calls = [row.network_calls for row in rows]
+        style = {"marker": "*", "markersize": 11} if label == "DDPM" else {"marker": "o", "markersize": 4}
+        left.plot(calls, [row.frechet for row in rows], label=label, **style)
+        middle.plot(calls, [100 * row.recognised for row in rows], **style)
+    left.axhline(table.floor.frechet, color="gray", linestyle="--", linewidth=1)
+    middle.axhline(100 * table.floor.recognised, color="gray", linestyle="--", linewidth=1, label="real test digits")
+    right.plot(list(seconds), list(seconds.values()), marker="o", markersize=4, color="black")
+    left.set(ylabel=f"Fréchet distance (n = {table.n})", xscale="log", yscale="log", title="lower is better")
+    middle.set(ylabel="recognised, %", xscale="log", title="higher is better")
+    right.set(ylabel="seconds", xscale="log", yscale="log", title="what you measured")
+    counts = sorted({row.network_calls for row in table.rows})
+    for axes in (left, middle, right):
+        axes.set_xlabel("network calls")
+        _plain_ticks(axes, counts)
+        axes.grid(alpha=0.3)
+    left.legend(fontsize=7)
+    middle.legend(fontsize=7)
     plt.close(figure)
     return figure
 

@@ -14,6 +14,7 @@ from tests.lab05.mutants import MUTANTS, Mutant
 
 LAB = "lab05_sampling"
 SEED = int(os.environ.get("DIFFLAB_TEST_SEED", "0"))  # `make soak` tries others
+REPEATS = int(os.environ.get("DIFFLAB_TEST_REPEATS", "5"))
 ALTERNATIVES = sorted((Path(__file__).parent / "alternatives").glob("*.py"))
 
 
@@ -43,18 +44,19 @@ def test_alternative_takes_every_point(path, student, check_here):
     """Does a correct program in another style, pasted below the emptied notebook, take full marks?"""
     notebook = student(LAB)
     notebook.cells = [c for c in notebook.cells if not c.metadata.get("nbgrader", {}).get("solution")]
-    notebook.cells.append(nbformat.v4.new_code_cell(path.read_text(encoding="utf-8")))
+    for cell in path.read_text(encoding="utf-8").split("\n# %%\n"):
+        notebook.cells.append(nbformat.v4.new_code_cell(cell))
     for seed in range(SEED, SEED + 3):
         assert _failed(check_here(notebook, LAB, seed=seed)) == {}
 
 
 def test_there_are_alternatives():
-    assert len(ALTERNATIVES) >= 4
+    assert len(ALTERNATIVES) >= 8
 
 
 def test_solution_takes_every_point_again_and_again(solution, check_here):
-    for seed in range(SEED, SEED + 5):
-        assert _failed(check_here(solution(LAB), LAB, seed=seed)) == {}
+    for seed in range(SEED, SEED + REPEATS):
+        assert _failed(check_here(solution(LAB), LAB, seed=seed)) == {}, f"seed {seed}"
 
 
 def test_untouched_notebook_scores_nothing(student, check_here):
@@ -64,9 +66,16 @@ def test_untouched_notebook_scores_nothing(student, check_here):
 
 METHODS = {
     "ForwardProcessImpl": ["add_noise", "demonstrate_forward_trajectory"],
+    "TrainedModelAnalyzer": ["analyze_noise_prediction_quality", "visualize_noise_predictions"],
     "DDPMSampler": ["compute_posterior_mean", "compute_posterior_variance", "ddpm_step", "sample"],
     "DDIMSampler": ["predict_x0_from_eps", "create_timestep_schedule", "ddim_step", "sample"],
-}
+    "StochasticityController": ["compute_stochastic_variance", "analyze_eta_effects"],
+    "SamplingOptimizer": [
+        "cached_noise_schedule_sampling", "batch_sampling_with_memory_management", "mixed_precision_sampling",
+        "choose_num_steps",
+    ],
+}  # fmt: skip
+FUNCTIONS = ["seed_consistency", "compare_samplers", "x0_error_gain", "health_check", "sample_with_fallbacks"]
 EMPTY = {
     "None": lambda self, *args, **kwargs: None,
     "zero": lambda self, *args, **kwargs: 0.0,
@@ -82,11 +91,14 @@ EMPTY = {
 def test_no_check_passes_on_an_empty_answer(answer, student, check_here):
     notebook = student(LAB)
     code = "\n".join(f"for _m in {methods}: setattr({cls}, _m, ANSWER)" for cls, methods in METHODS.items())
+    code += f"\nfor _f in {FUNCTIONS}: globals()[_f] = lambda *args, **kwargs: ANSWER(None, *args, **kwargs)"
     notebook.cells.append(
         nbformat.v4.new_code_cell(f"from tests.lab05.test_accuracy import EMPTY\nANSWER = EMPTY[{answer!r}]\n{code}")
     )
     results = check_here(notebook, LAB)
     assert len(results) == len(checks_of(LAB))
+    style = results.pop("code_style")  # reads the cells, in which the stubs still stand
+    assert style.status == "todo"
     assert all(r.status == "failed" and r.hint for r in results.values()), {
         n: (r.status, r.hint) for n, r in results.items()
     }

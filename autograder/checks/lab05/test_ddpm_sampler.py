@@ -224,3 +224,72 @@ def _hold_transition(submission, schedule, sampler, network, x_t, t, x_s):
         return
     if not expect.matches_own_draws(x_s, lambda: sampler.ddpm_step(x_t, t), x_t):
         expect.fail(f"the step from t = {t} in sample: {problem}; it is not what your ddpm_step does either.")
+
+
+class _FickleOracle(GaussianOracle):
+    """Answers a little differently every time, whatever seed the student sets."""
+
+    def predict(self, x, t):
+        """The exact prediction, and a little more with every call."""
+        return super().predict(x, t) + 1e-3 * len(self.calls)
+
+
+@graded(points=0, section="DDPM")
+def test_seed_consistency(submission, rng):
+    """`seed_consistency` draws twice with each seed, tells whether both are the same, and gives mean and deviation."""
+    schedule = random_schedule(rng, num_timesteps=25)
+    shape, seeds = [6, 1, 8, 8], torch.randperm(10_000, generator=rng)[:3].tolist()
+    for network, repeatable in ((GaussianOracle(schedule), True), (_FickleOracle(schedule), False)):
+        sampler = submission.DDPMSampler(network, schedule)
+        sampler.sample(shape)
+        per_run = len(network.calls)
+        network.calls.clear()
+        result = submission.seed_consistency(sampler, shape, seeds)
+        if not isinstance(result, dict) or not {"repeatable", "mean", "std"} <= result.keys():
+            expect.fail('seed_consistency should return a dict with "repeatable", "mean" and "std".')
+        if bool(result["repeatable"]) is not repeatable:
+            expect.fail(
+                '"repeatable" is False although the network answers the same every time: torch.manual_seed(seed) before '
+                "each of the two runs?"
+                if repeatable
+                else '"repeatable" is True although the network answered differently the second time: compare the samples.'
+            )
+        if not repeatable:
+            return
+        if len(network.calls) != 2 * len(seeds) * per_run or not network.calls:
+            expect.fail(
+                f"two runs for each of {len(seeds)} seeds are {2 * len(seeds) * per_run} network calls; "
+                f"there were {len(network.calls)}."
+            )
+        # Runs of one seed start from the same noise; in which order the runs are made is free.
+        runs = [network.calls[i : i + per_run] for i in range(0, len(network.calls), per_run)]
+        by_start = {}
+        for run in runs:
+            by_start.setdefault(run[0][0].numpy().tobytes(), []).append(run)
+        if len(by_start) == 1:
+            expect.fail("runs of different seeds start from the same noise.")
+        if any(len(same) != 2 for same in by_start.values()):
+            expect.fail("the two runs of a seed start from different noise: call torch.manual_seed(seed) before each.")
+        ends = [_chain_end(sampler, network, first[-1]) for first, _ in by_start.values()]
+        if any(end is None for end in ends):
+            return  # the chain's end is random, which the check of sample or of the step says
+        for key, statistic in (("mean", torch.Tensor.mean), ("std", torch.Tensor.std)):
+            given = [
+                expect.tensor(v, f'"{key}" of a seed', ()) for v in expect.tensors(result[key], f'"{key}"', len(seeds))
+            ]
+            given, true, variance, mean = (
+                torch.stack(sorted(values)).double()
+                for values in (given, map(statistic, ends), map(torch.Tensor.var, ends), map(torch.Tensor.mean, ends))
+            )
+            mistakes = {"the variance": variance, "the mean": mean}
+            expect.close(given, true, f'"{key}" of the seeds', mistakes, 1e-2, 1e-3)
+
+
+def _chain_end(sampler, network, last_call):
+    """What the last step made of what it was shown; None if the student's last step is random, or fails."""
+    x, t, _ = last_call
+    try:
+        one, two = (expect.tensor(sampler.ddpm_step(x, int(t[0])), "", tuple(x.shape)).double() for _ in range(2))
+    except (CheckFailed, StudentError, ContractBroken, Missing):
+        return None
+    return one if torch.equal(one, two) else None
