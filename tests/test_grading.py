@@ -77,25 +77,27 @@ def test_what_cannot_be_graded_exits_with_2_and_one_line(tmp_path, capsys):
     assert main(["grade", str(bad), "--lab", "lab99"]) == 2
 
 
+STEP = {"ddpm_step", "ddpm_sample", "seed_consistency", "compare_samplers"}  # what needs ddpm_step
+NOISE = {"add_noise", "forward_trajectory", "prediction_quality", "noise_predictions"}  # what needs add_noise
 ACCIDENTS = {
     # exercise broken, code that replaces it, checks lost, what the report must mention
-    "a syntax error": ("ddpm_step", "def ddpm_step(self x_t):\n    pass", {"ddpm_step", "ddpm_sample"}, "SyntaxError"),
-    "an exception": ("ddpm_step", "raise RuntimeError('oh no')", {"ddpm_step", "ddpm_sample"}, "oh no"),
-    "an endless loop in a cell": ("ddpm_step", "while True:\n    pass", {"ddpm_step", "ddpm_sample"}, "stopped after"),
+    "a syntax error": ("ddpm_step", "def ddpm_step(self x_t):\n    pass", STEP, "SyntaxError"),
+    "an exception": ("ddpm_step", "raise RuntimeError('oh no')", STEP, "oh no"),
+    "an endless loop in a cell": ("ddpm_step", "while True:\n    pass", STEP, "stopped after"),
     "a loop that cannot be interrupted": (
         "ddpm_step",
         "import signal\nsignal.signal(signal.SIGALRM, signal.SIG_IGN)\nwhile True: pass",
-        {"ddpm_step", "ddpm_sample"},
+        STEP,
         "could not be interrupted",
     ),
-    "sys.exit": ("ddpm_step", "import sys\nsys.exit(3)", {"ddpm_step", "ddpm_sample"}, "SystemExit"),
-    "os._exit": ("ddpm_step", "import os\nos._exit(3)", {"ddpm_step", "ddpm_sample"}, "ended the notebook's process"),
+    "sys.exit": ("ddpm_step", "import sys\nsys.exit(3)", STEP, "SystemExit"),
+    "os._exit": ("ddpm_step", "import os\nos._exit(3)", STEP, "ended the notebook's process"),
     "a missing class": ("ddpm_step", "del DDPMSampler", {
-        "ddpm_posterior_mean", "ddpm_posterior_variance", "ddpm_step", "ddpm_sample"}, "DDPMSampler is not defined"),
+        "ddpm_posterior_mean", "ddpm_posterior_variance", *STEP, "code_style"}, "DDPMSampler is not defined"),
     "exit in a method": ("ddpm_step", "import os\nDDPMSampler.ddpm_step = lambda *a: os._exit(1)",
-                         {"ddpm_step", "ddpm_sample"}, "ended before it answered"),
+                         STEP, "ended before it answered"),
     "100 MB of output": ("add_noise", "for _ in range(1000):\n    print('x' * 100_000)",
-                         {"add_noise", "forward_trajectory"}, ""),
+                         NOISE, ""),
     "noise on every descriptor": ("forward_trajectory",
                                   "import os\nfor _ in range(3200):\n    os.write(1 + _ % 2, b'x' * 65536)",
                                   {"forward_trajectory"}, ""),
@@ -125,7 +127,8 @@ def test_an_endless_check_is_stopped_at_its_deadline(solution, write):
     ).source = "@add_to_class(DDPMSampler)\ndef sample(self, *args, **kwargs):\n    while True: pass"
     start = time.monotonic()
     report = grade(write(notebook), limits=Limits(check=2))
-    assert _status(report)["ddpm_sample"] == "timeout" and report.score == 56
+    assert _status(report)["ddpm_sample"] == _status(report)["compare_samplers"] == "timeout"
+    assert report.score == 77  # without these two, and with no docstring in what was written
     assert time.monotonic() - start < 60
 
 

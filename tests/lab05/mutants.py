@@ -124,7 +124,7 @@ MUTANTS = [
     Mutant("x_0 clipped", "ddim_predict_x0", _DDIM_X0, f"{_DDIM_X0.replace('return ', 'return (')}).clamp(-1, 1)",
            {"ddim_predict_x0": "clipped"}),
     Mutant("x_0 with alpha", "ddim_predict_x0", "self.schedule.alpha_bar(t)", "self.schedule.alphas[t]",
-           {"ddim_predict_x0": "in place of the cumulative ᾱ_t"}),
+           {"ddim_predict_x0": "in place of the cumulative ᾱ_t", "mixed_precision": "away from those in float32"}),
     Mutant("x_0 without roots", "ddim_predict_x0", _DDIM_X0, "return (x_t - (1 - alpha_bar) * eps) / alpha_bar",
            {"ddim_predict_x0": "both square roots missing", "mixed_precision": "away from those in float32"}),
     Mutant("one entry too many", "ddim_uniform_schedule", _UNIFORM,
