@@ -5,11 +5,13 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from autograder.grading import Report, grade
-from autograder.notebooks import CannotGrade
-from autograder.submission.process import WorkerFailed
-from autograder.submission.sandbox import LEVELS
+from autograder.submission.process import Limits, WorkerFailed, WorkerProcess
+from autograder.submission.sandbox import LEVELS, choose
+
+if TYPE_CHECKING:
+    from autograder.grading import Report
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -17,7 +19,7 @@ def main(argv: list[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
     try:
         arguments.command(arguments)
-    except (CannotGrade, WorkerFailed, RuntimeError, ValueError, OSError) as error:
+    except (WorkerFailed, RuntimeError, ValueError, OSError) as error:
         print(f"autograder: {error}", file=sys.stderr)
         return 2
     return 0
@@ -46,7 +48,13 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _grade(arguments: argparse.Namespace) -> None:
-    report = grade(arguments.notebook, arguments.lab, arguments.sandbox, seed=arguments.seed)
+    # The worker takes a second or two to start, and so do the libraries that read notebooks: side by side.
+    with WorkerProcess(choose(arguments.sandbox), Limits()) as worker:
+        # nbformat's validator would import this grammar of web addresses, which takes a second; it does without.
+        sys.modules.setdefault("rfc3987_syntax", None)
+        from autograder.grading import grade
+
+        report = grade(arguments.notebook, arguments.lab, seed=arguments.seed, worker=worker)
     if arguments.json == "-":
         print(report.to_json())
         return

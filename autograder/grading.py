@@ -14,7 +14,7 @@ from autograder import notebooks
 from autograder.checks.runner import CheckResult, run_checks
 from autograder.notebooks import CannotGrade
 from autograder.submission.process import CellResult, Limits, WorkerProcess
-from autograder.submission.sandbox import Sandbox, choose
+from autograder.submission.sandbox import choose
 
 __all__ = ["Report", "grade", "grade_notebook"]
 
@@ -51,6 +51,7 @@ def grade(
     limits: Limits | None = None,
     course: Path = notebooks.COURSE,
     seed: int | None = None,
+    worker: WorkerProcess | None = None,
 ) -> Report:
     """Grade a notebook file.
 
@@ -61,6 +62,7 @@ def grade(
         limits: seconds it may take.
         course: the folder that holds labs/.
         seed: makes the checks' random inputs repeatable.
+        worker: one that was started already, in place of `sandbox` and `limits`.
 
     Raises:
         CannotGrade: if the file is not a notebook of this course.
@@ -72,23 +74,25 @@ def grade(
     release = nbformat.read(notebooks.release_path(lab, course), as_version=4)
     if not any(notebooks.is_graded(cell) for cell in release.cells):
         raise CannotGrade(f"{lab} has no graded cells yet")
-    report, _ = grade_notebook(notebooks.sanitise(submitted, release), lab, choose(sandbox), limits, seed)
-    return report
+    notebook = notebooks.sanitise(submitted, release)
+    if worker is not None:
+        return grade_notebook(notebook, lab, worker, seed)[0]
+    with WorkerProcess(choose(sandbox), limits or Limits()) as worker:
+        return grade_notebook(notebook, lab, worker, seed)[0]
 
 
 def grade_notebook(
-    notebook: NotebookNode, lab: str, sandbox: Sandbox, limits: Limits | None = None, seed: int | None = None
+    notebook: NotebookNode, lab: str, worker: WorkerProcess, seed: int | None = None
 ) -> tuple[Report, NotebookNode]:
-    """Grade a notebook that `notebooks.sanitise` has prepared.
+    """Grade a notebook that `notebooks.sanitise` has prepared, in a fresh worker.
 
     Returns:
         (report, the notebook with the outputs of its cells as the worker ran them, and each graded cell's verdict).
     """
     notebook = nbformat.from_dict(notebook)
     to_run = notebooks.to_run(notebook)
-    with WorkerProcess(sandbox, limits or Limits()) as worker:
-        cells = worker.run_cells([(label, source) for _, label, source in to_run])
-        results = run_checks(lab, worker.fork, seed=seed, sources=[source for _, _, source in to_run])
+    cells = worker.run_cells([(label, source) for _, label, source in to_run])
+    results = run_checks(lab, worker.fork, seed=seed, sources=[source for _, _, source in to_run])
     by_name = {result.name: result for result in results}
     order = [notebooks.grade_id(cell) for cell in notebook.cells if notebooks.is_graded(cell)]
     results.sort(key=lambda result: order.index(result.name) if result.name in order else len(order))
@@ -104,7 +108,7 @@ def grade_notebook(
         max_score=sum(r.max_points for r in results),
         manual_points=manual,
         checks=results,
-        sandbox=sandbox.level,
+        sandbox=worker.sandbox.level,
         device="cpu",
         notes=[_note(cell) for cell in cells if cell.error is not None and not cell.error[1].startswith("TODO")],
     )

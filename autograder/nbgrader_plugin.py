@@ -15,7 +15,7 @@ from traitlets import Enum, Float
 
 from autograder import notebooks
 from autograder.grading import grade_notebook
-from autograder.submission.process import Limits
+from autograder.submission.process import Limits, WorkerProcess
 from autograder.submission.sandbox import LEVELS, choose
 
 __all__ = ["NotebookHygiene", "SubmissionExporter", "TrustedGrading"]
@@ -70,7 +70,8 @@ class TrustedGrading(NbGraderPreprocessor):
         if sandbox.note:
             self.log.warning("Sandbox %s: %s", sandbox.level, sandbox.note)
         limits = Limits(cell=self.cell_seconds, check=self.check_seconds)
-        report, graded = grade_notebook(nb, resources["nbgrader"]["assignment"], sandbox, limits)
+        with WorkerProcess(sandbox, limits) as worker:
+            report, graded = grade_notebook(nb, resources["nbgrader"]["assignment"], worker)
         self.log.info("%g of %g automatic points", report.score, report.max_score)
         for note in report.notes:
             self.log.warning("%s", note)

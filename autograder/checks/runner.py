@@ -100,7 +100,9 @@ def run_checks(
     """
     plugin = _Plugin(open_submission, names, secrets.randbits(48) if seed is None else seed, sources)
     arguments = [str(folder_of(lab)), "--rootdir", str(CHECKS), "-c", str(CHECKS / "pytest.ini")]
-    arguments += ["-p", "no:cacheprovider", "-p", "no:terminal", "-p", "no:logging", "-p", "no:warnings", "-s"]
+    # What is left out would only cost time: the last two collect garbage several times over.
+    left_out = ("cacheprovider", "terminal", "logging", "warnings", "unraisableexception", "threadexception")
+    arguments += ["-s", *(option for plugin in left_out for option in ("-p", f"no:{plugin}"))]
     output = io.StringIO()
     with _pytest_environment(), contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
         status = pytest.main(arguments, plugins=[plugin])

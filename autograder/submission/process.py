@@ -1,4 +1,8 @@
-"""One submission's worker process: start it, let it run the notebook, borrow a fork of it for each check, end it."""
+"""One submission's worker process: start it, let it run the notebook, borrow a fork of it for each check, end it.
+
+Whatever needs torch is imported by the functions that speak with the worker, not here: importing torch takes a second,
+the worker needs one too, and so they spend it side by side.
+"""
 
 from __future__ import annotations
 
@@ -15,11 +19,12 @@ import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from autograder.submission.client import Submission, SubmissionDied
 from autograder.submission.sandbox import Sandbox
-from autograder.submission.wire import Channel, Malformed, Unsendable
+
+if TYPE_CHECKING:
+    from autograder.submission.client import Submission
 
 __all__ = ["CellResult", "Limits", "WorkerFailed", "WorkerProcess"]
 
@@ -77,7 +82,7 @@ class WorkerProcess:
             start_new_session=True,
         )
         theirs.close()
-        self._control, self._stderr = Channel(ours), bytearray()
+        self._socket, self._stderr = ours, bytearray()
         threading.Thread(target=self._drain_stderr, args=(self._process.stderr, self._stderr), daemon=True).start()
         self._ready = False
 
@@ -91,6 +96,9 @@ class WorkerProcess:
     def _wait_until_ready(self) -> None:
         if self._ready:
             return
+        from autograder.submission.wire import Channel, Malformed
+
+        self._control = Channel(self._socket)
         try:
             self._control.receive(time.monotonic() + self.limits.start)
         except (EOFError, TimeoutError, Malformed, OSError):
@@ -102,7 +110,7 @@ class WorkerProcess:
 
     def close(self) -> None:
         """Kill the worker, its children and whatever they started."""
-        self._control.close()
+        self._socket.close()
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.kill()
@@ -148,6 +156,8 @@ class WorkerProcess:
 
     def _run_until_fatal(self, cells: list[tuple[str, str]]) -> tuple[list[CellResult], CellResult | None]:
         """Results of the cells that were run, and the cell that cost the process, if one did."""
+        from autograder.submission.wire import Malformed, Unsendable
+
         end = time.monotonic() + self.limits.notebook
         results: list[CellResult] = []
         for label, source in cells:
@@ -173,6 +183,9 @@ class WorkerProcess:
         Raises:
             SubmissionDied: if the worker is gone.
         """
+        from autograder.submission.client import Submission, SubmissionDied
+        from autograder.submission.wire import Channel, Malformed
+
         ours, theirs = socket.socketpair()
         channel = Channel(ours)
         self._wait_until_ready()
@@ -196,11 +209,12 @@ class WorkerProcess:
             channel.close()
             with contextlib.suppress(EOFError, OSError, TimeoutError, Malformed):
                 self._control.send({"do": "end", "pid": pid}, time.monotonic() + 10)
-                self._control.receive(time.monotonic() + 10)
 
 
 def _read_cell(reply: Any, label: str) -> CellResult:
     """Take over a cell's reply, field by field: it comes from the submission's process."""
+    from autograder.submission.wire import Malformed
+
     if not isinstance(reply, dict) or reply.get("cell") != label or not isinstance(reply.get("outputs"), list):
         raise Malformed("not the outputs of the cell that was run")
     outputs, room = [], MAX_TEXT
@@ -236,6 +250,8 @@ def _read_cell(reply: Any, label: str) -> CellResult:
 
 
 def _string(value: Any, limit: int) -> str:
+    from autograder.submission.wire import Malformed
+
     if not isinstance(value, str):
         raise Malformed("text was expected")
     return value[: max(0, limit)]

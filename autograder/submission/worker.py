@@ -1,11 +1,11 @@
 """The worker: runs a notebook's cells, then answers each check from a forked copy of the state they left.
 
 Started by `autograder.submission.process` as `python -m autograder.submission.worker FD`, usually in a sandbox.
-Messages on the control socket, each answered before the next is read:
+Messages on the control socket, one after another:
 
     {"do": "run", "label": ..., "source": ..., "seconds": ...}     run one cell; the reply holds its outputs
     {"do": "fork"} and a socket     a child that serves `Server` requests on that socket; reply {"pid": ...}
-    {"do": "end", "pid": ...}       kill the child and all it started; reply {"ended": ...}
+    {"do": "end", "pid": ...}       kill the child and all it started; no reply
 """
 
 from __future__ import annotations
@@ -80,8 +80,7 @@ def main() -> None:
             children.discard(request["pid"])
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(request["pid"], signal.SIGKILL)
-            _, status = os.waitpid(request["pid"], 0)
-            control.send({"ended": os.waitstatus_to_exitcode(status)})
+            os.waitpid(request["pid"], 0)
 
 
 def _pin_threads(torch: Any) -> None:

@@ -184,7 +184,7 @@ def _step_problem(x_s, mean, variance, eps) -> str | None:
 @graded(points=6, section="DDPM")
 def test_ddpm_sample(submission, rng):
     """`sample` walks all T timesteps from x_T to x_0, one network call each, and can return its trajectory."""
-    schedule = random_schedule(rng, num_timesteps=40)
+    schedule = random_schedule(rng, num_timesteps=24)
     steps = schedule.num_timesteps
     network = GaussianOracle(schedule)
     sampler = submission.DDPMSampler(network, schedule)
@@ -237,14 +237,14 @@ class _FickleOracle(GaussianOracle):
 @graded(points=0, section="DDPM")
 def test_seed_consistency(submission, rng):
     """`seed_consistency` draws twice with each seed, tells whether both are the same, and gives mean and deviation."""
-    schedule = random_schedule(rng, num_timesteps=25)
+    schedule = random_schedule(rng, num_timesteps=22)
     shape, seeds = [6, 1, 8, 8], torch.randperm(10_000, generator=rng)[:3].tolist()
     for network, repeatable in ((GaussianOracle(schedule), True), (_FickleOracle(schedule), False)):
         sampler = submission.DDPMSampler(network, schedule)
         sampler.sample(shape)
         per_run = len(network.calls)
         network.calls.clear()
-        result = submission.seed_consistency(sampler, shape, seeds)
+        result = submission.seed_consistency(sampler, shape, seeds if repeatable else seeds[:1])
         if not isinstance(result, dict) or not {"repeatable", "mean", "std"} <= result.keys():
             expect.fail('seed_consistency should return a dict with "repeatable", "mean" and "std".')
         if bool(result["repeatable"]) is not repeatable:

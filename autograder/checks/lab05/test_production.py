@@ -18,13 +18,13 @@ def test_cached_sampling(submission, rng):
         network.grad_enabled = False
     optimizer = submission.SamplingOptimizer(samplers[0])
     for which, num_steps, dtype, shape, when in (
-        (0, 20, torch.float32, (3, 1, 8, 8), "in the first call"),
-        (0, 20, torch.float32, (3, 1, 8, 8), "in a second call, which may use the cache,"),
-        (0, 20, torch.float64, (5, 1, 6, 6), "for another shape and float64"),
+        (0, 12, torch.float32, (3, 1, 8, 8), "in the first call"),
+        (0, 12, torch.float32, (3, 1, 8, 8), "in a second call, which may use the cache,"),
+        (0, 12, torch.float64, (5, 1, 6, 6), "for another shape and float64"),
         (0, 7, torch.float32, (3, 1, 8, 8), "for another num_steps"),
         (1, 7, torch.float32, (3, 1, 8, 8), "for another schedule"),
         (2, 7, torch.float32, (3, 1, 8, 8), "for another network"),
-        (0, 20, torch.float32, (3, 1, 8, 8), "for the first setting again"),
+        (0, 12, torch.float32, (3, 1, 8, 8), "for the first setting again"),
         (0, 1, torch.float32, (3, 1, 8, 8), "with a single step"),
     ):
         sampler, network = samplers[which], networks[which]
@@ -166,7 +166,7 @@ def test_mixed_precision(submission, rng):
     schedule = random_schedule(rng, num_timesteps=200)
     network = GaussianOracle(schedule)
     sampler = ddim_sampler(submission, network, schedule)
-    shape, num_steps = (8, 1, 12, 12), 50
+    shape, num_steps = (8, 1, 12, 12), 30
     x_T = images(rng, *shape)
     plain = sampler.sample(shape, timesteps=sampler.create_timestep_schedule(num_steps), x_T=x_T)
     plain = expect.tensor(plain, "sample", shape)
