@@ -180,7 +180,8 @@ def test_mixed_precision(submission, rng):
         expect.fail(f"the samples hold NaN: x is kept in {seen}; only the network should be in bfloat16.")
     low = expect.tensor(low, "mixed_precision_sampling", shape, torch.float32)
     distance = (low.double() - plain.double()).square().mean().sqrt().item()
-    if distance > 0.005 * max(1.0, plain.double().square().mean().sqrt().item()):  # the student's step may be wrong
+    # Where the student's own step is so wrong that numbers grow without bound, rounding grows with them.
+    if distance > 0.005 and plain.double().square().mean() < 9:
         expect.fail(f"the samples are {distance:.3g} away from those in float32 (at most 0.005): is x itself rounded?")
     low = submission.SamplingOptimizer(sampler).mixed_precision_sampling(shape, 3)
     expect.tensor(low, "samples without x_T", shape, torch.float32)

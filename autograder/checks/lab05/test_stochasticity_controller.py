@@ -85,12 +85,12 @@ def test_eta_effects(submission, rng):
             "the standard deviation of the pixels": samples.std(),
         }  # fmt: skip
         expect.close(spread, mean, f'"diversity" at η = {eta}', mistakes, 1e-3, 1e-5)
-        same_eta = [run for run in runs if _is_run_of(network, run, eta)]
-        if len(same_eta) < 2:  # the student's step or sample may be wrong
-            same_eta = [run for run in runs if _is_own_run_of(sampler, run, eta)]
-        if len(same_eta) < 2:
-            expect.fail(f"there are no two runs with η = {eta}: is it passed to sample?")
-        _hold_distance(sampler, network, same_eta, samples, distance, eta)
+        true = [run for run in runs if _is_run_of(network, run, eta)]
+        if _fits(sampler, network, true, samples, distance, eta):
+            continue
+        own = [run for run in runs if _is_own_run_of(sampler, run, eta)]  # the student's step or sample may be wrong
+        if not _fits(sampler, network, own, samples, distance, eta):
+            _explain(sampler, network, max(own, true, key=len), samples, distance, eta)
 
 
 def _runs(calls, per_run, batch):
@@ -126,18 +126,21 @@ def _is_own_run_of(sampler, run, eta) -> bool:
     return expect.matches_own_draws(x_s, step, x_t) or expect.matches_own_draws(x_s, first_jump, x_t)
 
 
-def _hold_distance(sampler, network, runs, samples, distance, eta):
-    """The samples are the end of one of the runs, and the distance is that to the end of another.
+def _fits(sampler, network, runs, samples, distance, eta) -> bool:
+    """Are the samples the end of one of these runs, and the distance that to the end of another?"""
+    return any(
+        expect.is_close(distance, difference.square().mean().sqrt(), 1e-3, 1e-4)
+        for difference in _differences(sampler, network, runs, samples, eta)
+    )
 
-    Where a run ended is told by what the network was shown last: the jump to clean data has no noise.
-    """
-    ends = [_end(sampler, network, run[-1], eta) for run in runs]
-    mine = [i for i, end in enumerate(ends) if expect.is_close(samples, end, 1e-3, 1e-3)]
-    if not mine:
+
+def _explain(sampler, network, runs, samples, distance, eta):
+    """Why `_fits` said no."""
+    if len(runs) < 2:
+        expect.fail(f"there are no two runs with η = {eta}: is it passed to sample?")
+    apart = _differences(sampler, network, runs, samples, eta)
+    if not apart:
         expect.fail(f'"samples" at η = {eta} are not what a run with this η ended in.')
-    apart = [samples - other for i in mine for k, other in enumerate(ends) if k != i]
-    if any(expect.is_close(distance, difference.square().mean().sqrt(), 1e-3, 1e-4) for difference in apart):
-        return
     mistakes = {
         "the mean squared difference": apart[0].square().mean(),
         "the mean absolute difference": apart[0].abs().mean(),
@@ -145,6 +148,16 @@ def _hold_distance(sampler, network, runs, samples, distance, eta):
         "the norm of each image's difference, averaged,": apart[0].flatten(1).norm(dim=1).mean(),
     }
     expect.close(distance, apart[0].square().mean().sqrt(), f'"repeat_distance" at η = {eta}', mistakes, 1e-3, 1e-4)
+
+
+def _differences(sampler, network, runs, samples, eta) -> list[torch.Tensor]:
+    """The samples minus the ends of the other runs, for every run that may have ended in them.
+
+    Where a run ended is told by what the network was shown last: the jump to clean data has no noise.
+    """
+    ends = [_end(sampler, network, run[-1], eta) for run in runs]
+    mine = [i for i, end in enumerate(ends) if expect.is_close(samples, end, 1e-3, 1e-3)]
+    return [samples - other for i in mine for k, other in enumerate(ends) if k != i]
 
 
 def _end(sampler, network, last_call, eta):
