@@ -1453,7 +1453,7 @@ def sample_with_fallbacks(attempts: dict) -> tuple[Tensor, str, list[str]]:
 # %% check="sample_with_fallbacks"
 check("sample_with_fallbacks")
 
-# %% tags=["demo"]
+# %% tags=["demo", "nbval-ignore-output"]
 budget = 2.0
 num_steps = optimizer.choose_num_steps(budget, x_T.shape)
 start = time.perf_counter()
