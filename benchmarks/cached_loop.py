@@ -91,11 +91,11 @@ def _recorded(work: Callable) -> Callable:
 def report(title: str, timings: dict[str, Timing], num_steps: int) -> None:
     """Microseconds a step, and ratios within this run."""
     bare = timings["bare network calls"].median
-    slowest = timings["diffusers"].median
+    diffusers = timings["diffusers"].median
     print(f"\n{title}\n{'':22} {'a step':>12} {'work beside network':>21} {'of bare':>9} {'faster than diffusers':>23}")
     for name, timing in timings.items():
         step, work = (1e6 * seconds / num_steps for seconds in (timing.median, timing.median - bare))
-        ratios = f"{timing.median / bare:>9.4f} {slowest / timing.median:>21.2f} ×"
+        ratios = f"{timing.median / bare:>9.4f} {diffusers / timing.median:>21.2f} ×"
         print(f"{name:22} {step:>9.1f} µs {work:>18.1f} µs {ratios}")
 
 

@@ -32,7 +32,7 @@ def test_scores_of_the_example_class(graded_class):
     assert scores.keys() == CLASS.keys()
 
 
-def test_the_command_line_agrees_withnbgrader(graded_class):
+def test_the_command_line_agrees_with_nbgrader(graded_class):
     for student in ("chen", "emeka"):
         autograded = nbformat.read(graded_class / "autograded" / student / LAB / f"{LAB}.ipynb", as_version=4)
         verdicts = {grade_id(c): c.outputs[0].output_type == "stream" for c in autograded.cells if is_graded(c)}

@@ -2,8 +2,7 @@
 
 import torch
 
-from autograder.checks import CheckFailed, expect
-from autograder.submission.client import ContractBroken, Missing, StudentError
+from autograder.checks import expect
 
 
 def ddim_sampler(submission, network, schedule):
@@ -17,11 +16,9 @@ def ddim_sampler(submission, network, schedule):
                 break
         else:
             return sampler
-    except StudentError as error:
-        if error.kind == "NotImplementedError":
-            raise
-    except (CheckFailed, ContractBroken, Missing):
-        pass
+    except expect.NOT_WORKING as error:
+        if getattr(error, "kind", "") == "NotImplementedError":
+            raise  # not wrong, but still to be written
     submission.set(sampler, "create_timestep_schedule", lambda num_steps, *_: _uniform(total, num_steps))
     return sampler
 

@@ -2,10 +2,9 @@
 
 import torch
 
-from autograder.checks import CheckFailed, expect, graded
+from autograder.checks import expect, graded
 from autograder.checks.lab05.follow_through import ddim_sampler
 from autograder.checks.oracles import Coefficients, GaussianOracle, SteadyNetwork, images, random_schedule
-from autograder.submission.client import ContractBroken, Missing, StudentError
 
 
 @graded(points=3, section="DDIM")
@@ -165,6 +164,6 @@ def _end(sampler, network, last_call, eta):
     truth = network.coefficients.predict_x0(x, eps, int(t[0]))
     try:
         own = expect.tensor(sampler.ddim_step(x, int(t[0]), -1, eta), "", tuple(x.shape)).double()
-    except (CheckFailed, StudentError, ContractBroken, Missing):
+    except expect.NOT_WORKING:
         return truth
     return own
