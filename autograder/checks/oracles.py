@@ -14,7 +14,15 @@ from torch import Tensor
 from autograder.submission.client import Network
 from difflab.schedule import NoiseSchedule
 
-__all__ = ["Coefficients", "GaussianOracle", "RecordingNetwork", "SteadyNetwork", "images", "random_schedule"]
+__all__ = [
+    "Coefficients",
+    "GaussianOracle",
+    "RecordingNetwork",
+    "SteadyNetwork",
+    "ideal_timesteps",
+    "images",
+    "random_schedule",
+]
 
 
 class Coefficients:
@@ -153,3 +161,10 @@ def random_schedule(rng: torch.Generator, num_timesteps: int | None = None) -> N
 def images(rng: torch.Generator, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     """Random images, standard normal."""
     return torch.randn(shape, generator=rng, dtype=torch.float64).to(dtype)
+
+
+def ideal_timesteps(num_timesteps: int, num_steps: int, power: int) -> Tensor:
+    """The num_steps timesteps whose power-th roots are evenly spaced from T - 1 to 0, before rounding, float64."""
+    if num_steps == 1:
+        return torch.tensor([num_timesteps - 1.0], dtype=torch.float64)
+    return torch.linspace((num_timesteps - 1) ** (1 / power), 0, num_steps, dtype=torch.float64) ** power

@@ -3,7 +3,14 @@
 import torch
 
 from autograder.checks import expect, graded
-from autograder.checks.oracles import Coefficients, GaussianOracle, SteadyNetwork, images, random_schedule
+from autograder.checks.oracles import (
+    Coefficients,
+    GaussianOracle,
+    SteadyNetwork,
+    ideal_timesteps,
+    images,
+    random_schedule,
+)
 
 
 @graded(points=5, section="DDIM")
@@ -34,13 +41,6 @@ def test_ddim_predict_x0(submission, rng):
         # Dividing by √ᾱ_t magnifies float32 rounding by as much.
         atol = 1e-5 / float(a.min().sqrt())
         expect.close(x_0, c.predict_x0(x, e, t), f"the estimate of x_0 at {label}", mistakes, 1e-4, atol)
-
-
-def _ideal(num_timesteps: int, num_steps: int, power: int) -> torch.Tensor:
-    if num_steps == 1:
-        return torch.tensor([num_timesteps - 1.0], dtype=torch.float64)
-    last = torch.tensor(num_timesteps - 1.0, dtype=torch.float64)
-    return torch.linspace(float(last ** (1 / power)), 0, num_steps, dtype=torch.float64) ** power
 
 
 def _hold_schedule(sampler, kind: str, num_timesteps: int, num_steps: int) -> torch.Tensor:
@@ -84,7 +84,7 @@ def test_ddim_uniform_schedule(submission, rng):
         sampler = submission.DDIMSampler(SteadyNetwork(schedule, rng), schedule)
         for num_steps in (10, 50, 1, 2, 7, int(torch.randint(60, total, (), generator=rng)), total):
             timesteps = _hold_schedule(sampler, "uniform", total, num_steps)
-            off = (timesteps - _ideal(total, num_steps, 1)).abs().max().item()
+            off = (timesteps - ideal_timesteps(total, num_steps, 1)).abs().max().item()
             if off > 1.01:
                 expect.fail(
                     f"the uniform schedule of {num_steps} steps (T = {total}) should be evenly spaced from T − 1 to 0; "
@@ -111,14 +111,14 @@ def test_ddim_quadratic_schedule(submission, rng):
     # Below about sqrt(2 T) steps rounding makes no repeats, and every entry has its place.
     for num_steps in (1, 2, 5, 10, int((2 * total) ** 0.5) - 4):
         timesteps = _hold_schedule(sampler, "quadratic", total, num_steps)
-        ideal = _ideal(total, num_steps, 2)
+        ideal = ideal_timesteps(total, num_steps, 2)
         if (timesteps - ideal).abs().max() > 1.01:
-            mirrored = (total - 1) - _ideal(total, num_steps, 2).flip(0)
+            mirrored = (total - 1) - ideal_timesteps(total, num_steps, 2).flip(0)
             if (timesteps - mirrored).abs().max() < 3:
                 expect.fail(
                     "the quadratic schedule is dense near T − 1; it should be dense near 0, where detail is made"
                 )
-            if (timesteps - _ideal(total, num_steps, 1)).abs().max() < 1.01:
+            if (timesteps - ideal_timesteps(total, num_steps, 1)).abs().max() < 1.01:
                 expect.fail(
                     "the quadratic schedule equals the uniform one; space the square roots of the timesteps evenly"
                 )
@@ -130,8 +130,8 @@ def test_ddim_quadratic_schedule(submission, rng):
     for num_steps in (total // 5, total // 2, total):
         timesteps = _hold_schedule(sampler, "quadratic", total, num_steps)
         # However repeats are resolved, at least as many entries as without them lie in the upper three quarters.
-        repeats = num_steps - len(set(_ideal(total, num_steps, 2).round().tolist()))
-        low, ideal_low = (int((t < total / 4).sum()) for t in (timesteps, _ideal(total, num_steps, 2)))
+        repeats = num_steps - len(set(ideal_timesteps(total, num_steps, 2).round().tolist()))
+        low, ideal_low = (int((t < total / 4).sum()) for t in (timesteps, ideal_timesteps(total, num_steps, 2)))
         if abs(low - ideal_low) > repeats + 2:
             expect.fail(
                 f"the quadratic schedule of {num_steps} steps (T = {total}) has {low} entries below T/4; "
