@@ -5,7 +5,7 @@ import torch
 
 from difflab import quality_table as module
 from difflab.metrics import Quality
-from difflab.quality_table import QualityTable, Row, draw_rows, low_precision, quality_table, to_markdown
+from difflab.quality_table import QualityTable, Row, draw_rows, quality_table, to_markdown
 from difflab.schedule import NoiseSchedule
 
 ROWS = (Row("ddpm", 4), Row("ddim", 2), Row("ddim", 2, 1.0), Row("ddim", 2, schedule="quadratic"))
@@ -97,13 +97,3 @@ def test_the_table_survives_json_and_prints_every_figure(draw, tmp_path):
     assert f"{row.runs[0].frechet:.1f} / {row.runs[1].frechet:.1f}" in text
     assert row.frechet == pytest.approx((row.runs[0].frechet + row.runs[1].frechet) / 2)
     assert isinstance(table, QualityTable) and table.n == 6
-
-
-def test_low_precision_ends_with_its_block():
-    network = torch.nn.Linear(4, 4)
-    seen = []
-    network.register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
-    with low_precision(network, "bfloat16", "cpu"):
-        assert network(torch.ones(1, 4)).dtype == torch.float32
-    network(torch.ones(1, 4))
-    assert seen == [torch.bfloat16, torch.float32] and len(network._forward_hooks) == 1

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from difflab.unet import UNet, timestep_embedding
+from difflab.unet import UNet, low_precision, timestep_embedding
 
 T1, T2 = torch.tensor([3, 700]), torch.tensor([40, 900])
 
@@ -173,3 +173,13 @@ def test_impossible_networks_are_refused(arguments, message):
 def test_odd_embedding_is_refused():
     with pytest.raises(ValueError, match="even dimension, got 7; use 8"):
         timestep_embedding(T1, 7)
+
+
+def test_low_precision_ends_with_its_block():
+    network = torch.nn.Linear(4, 4)
+    seen = []
+    network.register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
+    with low_precision(network, "bfloat16", "cpu"):
+        assert network(torch.ones(1, 4)).dtype == torch.float32
+    network(torch.ones(1, 4))
+    assert seen == [torch.bfloat16, torch.float32] and len(network._forward_hooks) == 1

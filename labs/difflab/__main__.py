@@ -15,7 +15,7 @@ from difflab import datasets, metrics
 from difflab.checkpoints import data_path, load_checkpoint, save_checkpoint
 from difflab.schedule import NoiseSchedule
 from difflab.timing import count_calls, synchronize
-from difflab.unet import UNet
+from difflab.unet import UNet, low_precision
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -213,7 +213,6 @@ def _sampler_class(notebook: Path, name: str):
 
 def _sample(arguments: argparse.Namespace) -> None:
     from difflab.plots import save_image_grid
-    from difflab.quality_table import low_precision
 
     if arguments.out.suffix not in (".png", ".npz"):
         raise ValueError(f"--out must end in .png or .npz, got {arguments.out}")

@@ -6,13 +6,12 @@ where it was stopped.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import os
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -25,8 +24,9 @@ from difflab.checkpoints import data_path
 from difflab.metrics import Quality, quality
 from difflab.schedule import NoiseSchedule
 from difflab.timing import synchronize
+from difflab.unet import low_precision
 
-__all__ = ["QualityTable", "Row", "draw_rows", "low_precision", "quality_table", "to_markdown"]
+__all__ = ["QualityTable", "Row", "draw_rows", "quality_table", "to_markdown"]
 
 
 @dataclass(frozen=True)
@@ -129,17 +129,6 @@ def to_markdown(table: QualityTable) -> str:
 
 def _each(runs: tuple[Quality, ...], field: str, scale: float = 1.0, digits: int = 1) -> str:
     return " / ".join(f"{scale * getattr(run, field):.{digits}f}" for run in runs)
-
-
-@contextlib.contextmanager
-def low_precision(model: nn.Module, precision: str, device: str) -> Iterator[None]:
-    """Run the network in bfloat16 inside the block (for precision "bfloat16"); its answers are float32 either way."""
-    handle = model.register_forward_hook(lambda _module, _inputs, eps: eps.float())
-    try:
-        with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=precision == "bfloat16"):
-            yield
-    finally:
-        handle.remove()
 
 
 def draw_rows(

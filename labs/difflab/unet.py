@@ -8,14 +8,15 @@ between the two convolutions, and self-attention at the lowest resolution only.
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["UNet", "timestep_embedding"]
+__all__ = ["UNet", "low_precision", "timestep_embedding"]
 
 
 def timestep_embedding(t: Tensor, dim: int, max_period: float = 10_000.0) -> Tensor:
@@ -215,3 +216,14 @@ class UNet(nn.Module):
                 f"t must hold one timestep per image, shape [{x.shape[0]}], got {list(t.shape)}; "
                 "use torch.full((len(x),), t, device=x.device)"
             )
+
+
+@contextlib.contextmanager
+def low_precision(model: nn.Module, precision: str, device: str) -> Iterator[None]:
+    """Run the network in bfloat16 inside the block (for precision "bfloat16"); its answers are float32 either way."""
+    handle = model.register_forward_hook(lambda _module, _inputs, eps: eps.float())
+    try:
+        with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=precision == "bfloat16"):
+            yield
+    finally:
+        handle.remove()
