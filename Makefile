@@ -14,15 +14,15 @@ demo: $(VENV)/installed  ## grade an example class of seven with nbgrader's own 
 
 test: $(VENV)/installed  ## everything: tests, every solution replayed, freshness of what is generated
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
-	$(BIN)/python -m pytest -q tests
+	$(BIN)/python -m pytest -q -n 2 --dist loadgroup tests
 	TQDM_DISABLE=1 $(BIN)/python -m pytest -q -p no:cacheprovider --nbval --nbval-sanitize-with solutions/nbval_sanitize.cfg solutions
 
 test-fast: $(VENV)/installed  ## the loop for daily work, without notebooks and classes
-	$(BIN)/ruff check . && $(BIN)/python -m pytest -q -m "not slow" tests
+	$(BIN)/ruff check . && $(BIN)/python -m pytest -q -n 2 --dist loadgroup -m "not slow" tests
 
 soak: $(VENV)/installed  ## the solution regraded 200 times, mutants and alternatives with three other seeds
 	DIFFLAB_TEST_REPEATS=200 $(BIN)/python -m pytest -q tests/lab05 -k again_and_again
-	for seed in 1000 2000 3000; do DIFFLAB_TEST_SEED=$$seed $(BIN)/python -m pytest -q tests/lab05 || exit 1; done
+	for seed in 1000 2000 3000; do DIFFLAB_TEST_SEED=$$seed $(BIN)/python -m pytest -q -n 2 tests/lab05 || exit 1; done
 
 notebooks: $(VENV)/installed  ## build and execute every notebook, and the rubric, from solutions/*.py
 	$(BIN)/python -m autograder build

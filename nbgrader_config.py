@@ -30,3 +30,9 @@ c.Autograde.autograde_preprocessors = [
     "nbgrader.preprocessors.AssignLatePenalties",
     "nbgrader.preprocessors.CheckCellMetadata",
 ]
+
+c.GenerateFeedback.exporter_class = "autograder.nbgrader_plugin.FeedbackExporter"
+c.GenerateFeedback.preprocessors = [
+    "autograder.nbgrader_plugin.FeedbackGrades",
+    "nbconvert.preprocessors.CSSHTMLHeaderPreprocessor",
+]

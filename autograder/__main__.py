@@ -49,12 +49,15 @@ def _parser() -> argparse.ArgumentParser:
 
 def _grade(arguments: argparse.Namespace) -> None:
     # The worker takes a second or two to start, and so do the libraries that read notebooks: side by side.
-    with WorkerProcess(choose(arguments.sandbox), Limits()) as worker:
+    sandbox = choose(arguments.sandbox)
+    with WorkerProcess(sandbox, Limits()) as worker:
         # nbformat's validator would import this grammar of web addresses, which takes a second; it does without.
         sys.modules.setdefault("rfc3987_syntax", None)
         from autograder.grading import grade
 
         report = grade(arguments.notebook, arguments.lab, seed=arguments.seed, worker=worker)
+    if sandbox.level != "bwrap":
+        print(f"Sandbox {sandbox.level}: {sandbox.note}", file=sys.stderr)
     if arguments.json == "-":
         print(report.to_json())
         return

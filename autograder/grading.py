@@ -110,7 +110,8 @@ def grade_notebook(
         checks=results,
         sandbox=worker.sandbox.level,
         device="cpu",
-        notes=[_note(cell) for cell in cells if cell.error is not None and not cell.error[1].startswith("TODO")],
+        notes=[_note(cell) for cell in cells if cell.error is not None and not cell.error[1].startswith("TODO")]
+        + worker.struck,
     )
     return report, notebook
 

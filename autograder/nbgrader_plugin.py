@@ -1,4 +1,4 @@
-"""nbgrader's two stages of autograding, with the verdict taken from the trusted grader. See `nbgrader_config.py`."""
+"""nbgrader's stages, with the verdict taken from the trusted grader and told so that it helps: `nbgrader_config.py`."""
 
 from __future__ import annotations
 
@@ -7,18 +7,19 @@ from html import escape
 from pathlib import Path
 
 import nbformat
-from nbconvert.exporters import NotebookExporter
+from nbconvert.exporters import HTMLExporter, NotebookExporter
 from nbconvert.exporters.exporter import ResourcesDict
 from nbformat import NotebookNode
-from nbgrader.preprocessors import NbGraderPreprocessor
+from nbgrader.preprocessors import GetGrades, NbGraderPreprocessor
 from traitlets import Enum, Float
+from traitlets.config import Config
 
 from autograder import notebooks
 from autograder.grading import grade_notebook
 from autograder.submission.process import Limits, WorkerProcess
 from autograder.submission.sandbox import LEVELS, choose
 
-__all__ = ["NotebookHygiene", "SubmissionExporter", "TrustedGrading"]
+__all__ = ["FeedbackExporter", "FeedbackGrades", "NotebookHygiene", "SubmissionExporter", "TrustedGrading"]
 
 
 class SubmissionExporter(NotebookExporter):
@@ -63,16 +64,49 @@ class TrustedGrading(NbGraderPreprocessor):
     sandbox = Enum(LEVELS, "auto", help="How submissions are kept apart: auto, bwrap, uid or none.").tag(config=True)
     cell_seconds = Float(Limits.cell, help="Seconds a cell may run.").tag(config=True)
     check_seconds = Float(Limits.check, help="Seconds a check may take.").tag(config=True)
+    submission_seconds = Float(Limits.submission, help="Seconds for all cells and checks together.").tag(config=True)
+    memory_gb = Float(Limits.memory / 2**30, help="Gigabytes a submission may hold.").tag(config=True)
 
     def preprocess(self, nb, resources):
         """Grade the notebook; nbgrader reads the scores off the outputs of the graded cells."""
         sandbox = choose(self.sandbox)
-        if sandbox.note:
+        if sandbox.level != "bwrap":
             self.log.warning("Sandbox %s: %s", sandbox.level, sandbox.note)
-        limits = Limits(cell=self.cell_seconds, check=self.check_seconds)
+        limits = Limits(
+            cell=self.cell_seconds, check=self.check_seconds, submission=self.submission_seconds,
+            memory=int(self.memory_gb * 2**30),
+        )  # fmt: skip
         with WorkerProcess(sandbox, limits) as worker:
             report, graded = grade_notebook(nb, resources["nbgrader"]["assignment"], worker)
         self.log.info("%g of %g automatic points", report.score, report.max_score)
         for note in report.notes:
             self.log.warning("%s", note)
         return graded, resources
+
+
+class FeedbackGrades(GetGrades):
+    """nbgrader's own, and for tasks whether a person has yet to mark them."""
+
+    def preprocess(self, nb, resources):
+        """Write the gradebook's marks and comments into the cells."""
+        nb, resources = super().preprocess(nb, resources)
+        waiting = [cell.metadata.nbgrader for cell in nb.cells if cell.metadata.get("nbgrader", {}).get("waiting")]
+        resources["nbgrader"]["waiting_points"] = sum(task["points"] for task in waiting)
+        return nb, resources
+
+    def _get_score(self, cell, resources):
+        super()._get_score(cell, resources)
+        key = (cell.metadata["nbgrader"]["grade_id"], self.notebook_id, self.assignment_id, self.student_id)
+        cell.metadata.nbgrader["waiting"] = bool(self.gradebook.find_grade(*key).needs_manual_grade)
+
+
+class FeedbackExporter(HTMLExporter):
+    """The page a student gets back: what is missing and why before what is done, and then the notebook."""
+
+    @property
+    def default_config(self):
+        """nbgrader configures every HTMLExporter for its own page; this class's section goes before that."""
+        folder = str(Path(__file__).parent / "templates")
+        config = Config({"FeedbackExporter": {"template_name": "feedback", "extra_template_basedirs": [folder]}})
+        config.merge(super().default_config)
+        return config

@@ -17,7 +17,15 @@ COURSE = Path(__file__).resolve().parents[1]
 MAX_NOTEBOOK = 64 * 2**20  # bytes
 MAX_CELLS = 1000
 MAX_CELL = 1_000_000  # characters of source
-_TAG = re.compile(r"<(?=[a-zA-Z/!?])")  # an opening of raw HTML, which feedback and formgrader would bring to life
+_BASE64 = re.compile(r"[A-Za-z0-9+/=\s]*")
+# What feedback and formgrader, pages an instructor opens, would bring to life in a student's text:
+_LIVE = (
+    (re.compile(r"<(?=[a-zA-Z/!?])"), "&lt;"),  # raw HTML
+    (re.compile(r"!+(?=\[)"), ""),  # pictures from elsewhere; what is left is a link
+    (re.compile(r"\]\((?!https?://|mailto:|#)"), "] ("),  # links that run code when clicked
+    (re.compile(r"\]:(?!\s*(?:https?://|mailto:|#))"), "] :"),
+    (re.compile(r"\\(?=(?:href|require|class|cssId|style|data|html|mmlToken|toggle|tooltip|texttip))"), r"\ "),
+)
 _CELL_ID = re.compile(r"[a-zA-Z0-9_-]{1,64}")  # nbformat 4.5
 
 
@@ -111,7 +119,9 @@ def _safe_outputs(outputs: Any) -> list[NotebookNode]:
             data = {
                 mime: text
                 for mime in ("image/png", "text/plain")
-                if (text := _joined(output["data"].get(mime))) is not None and len(text) < 4_000_000
+                if (text := _joined(output["data"].get(mime))) is not None
+                and len(text) < 4_000_000
+                and (mime != "image/png" or _BASE64.fullmatch(text))
             }
             if data:
                 kept.append(nbformat.v4.new_output("display_data", data=data))
@@ -184,7 +194,7 @@ def sanitise(submitted: NotebookNode, release: NotebookNode) -> NotebookNode:
 
     Locked cells get the release's source back; graded, locked and task cells that are missing are put back in their
     place; metadata is the release's own, and of a name that appears twice only the first counts. Cells the student
-    added stay where they are, raw HTML in their Markdown made harmless.
+    added stay where they are, what is live in their Markdown (HTML, pictures, links that are no addresses) made text.
     """
     originals = {grade_id(cell): cell for cell in release.cells if grade_id(cell)}
     demos = {key: cell for cell in release.cells if is_demo(cell) for key in (cell["id"], cell.source)}
@@ -202,8 +212,8 @@ def sanitise(submitted: NotebookNode, release: NotebookNode) -> NotebookNode:
             if name is None and demo is not None and cell.cell_type == "code":
                 restored.metadata = NotebookNode(demo.metadata)
                 restored["outputs"] = cell.get("outputs", [])
-            elif cell.cell_type == "markdown":
-                restored.source = _TAG.sub("&lt;", cell.source)
+            elif cell.cell_type != "code":
+                restored.source = _harmless(cell.source)
         restored["id"] = original["id"] if original is not None else cell["id"]
         cells.append(restored)
     for position, cell in enumerate(release.cells):
@@ -222,9 +232,19 @@ def sanitise(submitted: NotebookNode, release: NotebookNode) -> NotebookNode:
 
 def _restore(cell: NotebookNode, original: NotebookNode) -> NotebookNode:
     """The release's cell, with the student's source where the student may write."""
-    restored = _new_cell(original.cell_type, cell.source if _is_editable(original) else original.source)
+    source = cell.source if _is_editable(original) else original.source
+    if original.cell_type != "code" and source != original.source:
+        source = _harmless(source)
+    restored = _new_cell(original.cell_type, source)
     restored.metadata = NotebookNode(original.metadata)
     return restored
+
+
+def _harmless(text: str) -> str:
+    """A student's Markdown with everything in it that is live made plain text."""
+    for pattern, replacement in _LIVE:
+        text = pattern.sub(replacement, text)
+    return text
 
 
 def _is_editable(original: NotebookNode) -> bool:

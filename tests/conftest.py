@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -67,3 +68,15 @@ def check_here() -> Callable[..., dict[str, CheckResult]]:
         return {result.name: result for result in results}
 
     return check
+
+
+def pytest_terminal_summary(terminalreporter) -> None:
+    """Say at which levels of the sandbox the attacks were tried."""
+    tried: dict[str, list[int]] = {}
+    for number, kind in enumerate(("passed", "failed")):
+        for report in terminalreporter.stats.get(kind, []):
+            found = re.search(r"test_attack_gains_nothing\[(\w+)-", report.nodeid)
+            if found and report.when == "call":
+                tried.setdefault(found[1], [0, 0])[number] += 1
+    for level, (stopped, not_stopped) in sorted(tried.items()):
+        terminalreporter.write_line(f"sandbox {level}: {stopped} attacks stopped, {not_stopped} not")

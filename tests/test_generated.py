@@ -6,6 +6,8 @@ import nbformat
 import pytest
 
 from autograder.authoring import release_notebook, rubric, scripts, solution_notebook, without_outputs
+from tests.attacks.attacks import ATTACKS
+from tests.lab05.mutants import MUTANTS
 
 SCRIPTS = scripts()
 STALE = "is stale: run `make notebooks` and commit what it writes"
@@ -48,6 +50,9 @@ def test_the_readme_says_what_is_there(course):
         assert command in readme
     for path in ("docs/samplers.png", "grading_rubric.md", "data/README.md"):
         assert path in readme and (course / path).exists()
+    assert (
+        f"holds {len(ATTACKS)} attacks" in readme and f"{len(MUTANTS)} solutions with one realistic mistake" in readme
+    )
 
 
 def test_every_file_of_data_is_described(course):

@@ -132,6 +132,21 @@ def test_an_endless_check_is_stopped_at_its_deadline(solution, write):
     assert time.monotonic() - start < 60
 
 
+def test_the_whole_submission_has_a_deadline_too(solution, write):
+    """Are checks that come after it timed out without being run, and is the limit named once?"""
+    notebook = solution(LAB)
+    notebook.cells.append(nbformat.v4.new_code_cell(
+        "def _sleep(*args, **kwargs):\n    import time\n    time.sleep(60)\n"
+        "DDPMSampler.sample = DDPMSampler.ddpm_step = DDIMSampler.sample = DDIMSampler.ddim_step = _sleep"
+    ))  # fmt: skip
+    start = time.monotonic()
+    report = grade(write(notebook), limits=Limits(check=4, submission=10))
+    assert time.monotonic() - start < 30
+    late = [c for c in report.checks if "used up before this check" in c.hint]
+    assert late and all(c.status == "timeout" and c.points == 0 for c in late)
+    assert sum("time: the submission's 10 s were used up" in note for note in report.notes) == 1
+
+
 def test_a_check_cannot_disturb_the_next(solution, write):
     """Is state that one check's calls leave behind gone in the next?"""
     notebook = solution(LAB)

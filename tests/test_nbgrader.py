@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import re
 import shutil
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from autograder.grading import grade
 from autograder.notebooks import grade_id, is_graded
 
 LAB = "lab05_sampling"
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("nbgrader")]  # one class, graded once
 
 
 @pytest.fixture(scope="module")
@@ -52,9 +53,25 @@ def test_manual_tasks_wait_for_a_person(graded_class):
         assert not grades["ddpm_step"].needs_manual_grade and grades["ddpm_step"].auto_score == 6
 
 
+def feedback(folder: Path, student: str) -> str:
+    return (folder / "feedback" / student / LAB / f"{LAB}.html").read_text(encoding="utf-8")
+
+
 def test_feedback_shows_the_hint_and_no_traceback(graded_class):
-    html = (graded_class / "feedback" / "dara" / LAB / f"{LAB}.html").read_text(encoding="utf-8")
+    html = feedback(graded_class, "dara")
     assert "ᾱ_t in place of α_t" in html and "Traceback (most" not in html and "site-packages" not in html
+
+
+def test_feedback_begins_with_what_is_missing(graded_class):
+    verdict = re.search(r'<section class="verdict">(.*?)</section>', feedback(graded_class, "dara"), re.DOTALL)[1]
+    missing, rest = verdict.split("Marked by a person")
+    by_hand, passed = rest.split("Passed (")
+    assert "Not yet (" in missing and 'href="#ddpm_posterior_mean"' in missing and "ᾱ_t in place of α_t" in missing
+    assert "written analysis" in by_hand and "waits for a person, 8" in by_hand
+    assert 'href="#add_noise"' in passed and "4 / 4" in passed and "ddpm posterior mean" not in passed
+    assert "82</b> of 100 points; 11 of them wait for a person" in verdict
+    untouched = feedback(graded_class, "boris")
+    assert "Still to be written (" in untouched and "Not yet (" not in untouched
 
 
 def test_the_release_is_what_students_have(graded_class, course):

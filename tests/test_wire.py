@@ -57,6 +57,7 @@ def test_views_and_arrays_are_sent_as_what_they_show():
     assert torch.equal(_round(base.T[1:]), base.T[1:])
     assert torch.equal(_round(np.arange(3)), torch.arange(3))
     assert _round(np.float32(0.5)) == 0.5
+    assert _round([np.float64(1) > 0]) == [True]
 
 
 def test_references_come_back():

@@ -26,6 +26,7 @@ __all__ = [
     "tensor",
     "tensors",
     "trajectory",
+    "truth",
 ]
 
 # A correct submission fails a statistical comparison at most once in a billion: |z| < 6.1 for a normal variable. The
@@ -83,6 +84,23 @@ def tensors(value: Any, what: str, count: int) -> list[Any]:
     if len(value) != count:
         fail(f"{what} should be {count} values; got {len(value)}")
     return value
+
+
+def truth(value: Any, what: str) -> bool:
+    """The value as True or False: a bool, or a tensor that holds one.
+
+    Raises:
+        CheckFailed: otherwise.
+    """
+    if isinstance(value, Tensor) and value.dtype == torch.bool and value.numel() == 1:
+        value = value.item()
+    if not isinstance(value, bool):
+        fail(f"{what} should be True or False; got {_briefly(value)}")
+    return value
+
+
+def _briefly(value: Any) -> str:
+    return "a tensor" if isinstance(value, Tensor) else repr(value)[:40]
 
 
 def is_close(actual: Tensor, expected: Tensor, rtol: float, atol: float | Tensor) -> bool:

@@ -116,9 +116,8 @@ def run_checks(
 @contextlib.contextmanager
 def _pytest_environment():
     """No plugins or options from outside: a student's or a developer's pytest set-up must not reach the checks."""
-    saved = {
-        name: os.environ.get(name) for name in ("PYTEST_ADDOPTS", "PYTEST_PLUGINS", "PYTEST_DISABLE_PLUGIN_AUTOLOAD")
-    }
+    names = ("PYTEST_ADDOPTS", "PYTEST_PLUGINS", "PYTEST_DISABLE_PLUGIN_AUTOLOAD", "PYTEST_CURRENT_TEST")
+    saved = {name: os.environ.get(name) for name in names}
     os.environ.pop("PYTEST_ADDOPTS", None)
     os.environ.pop("PYTEST_PLUGINS", None)
     os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"

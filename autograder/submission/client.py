@@ -32,6 +32,8 @@ from difflab.schedule import NoiseSchedule
 
 __all__ = ["ContractBroken", "Missing", "Network", "StudentError", "Submission", "SubmissionDied", "SubmissionTimeout"]
 
+MAX_CALLS = 20_000  # of networks and functions of the grader's, in one check; none needs more than a few hundred
+
 
 class StudentError(Exception):
     """The student's code raised. `kind` is the exception's type, `where` e.g. "cell 12, line 3"."""
@@ -157,6 +159,8 @@ class Submission:
                 "append a new tensor (or .clone()) at every step"
             )
         result = reply["result"]
+        if target is None and name[:1].isupper() and not isinstance(result, Handle):
+            raise ContractBroken(f"{name} gave a {type(result).__name__} in place of an object; is it still a class?")
         return _RemoteObject(self, result) if isinstance(result, Handle) else result
 
     def _pack(self, value: Any) -> Any:
@@ -211,7 +215,7 @@ def _argument_name(changed: Any) -> str:
 class _SocketTransport:
     def __init__(self, channel: Channel, deadline: float):
         self.channel, self.deadline = channel, deadline
-        self.started = time.monotonic()
+        self.started, self.calls = time.monotonic(), 0
 
     def exchange(self, request: dict, answer: Callable[[int, str, list], Any]) -> dict:
         try:
@@ -223,6 +227,9 @@ class _SocketTransport:
                 call = reply["ask"]
                 if not (isinstance(call, list) and len(call) == 3 and isinstance(call[2], list)):
                     raise Malformed("a call is not described properly")
+                self.calls += 1
+                if self.calls > MAX_CALLS:
+                    raise Malformed(f"more than {MAX_CALLS:,} network calls in one check")
                 self.channel.send(_outcome(answer, call), self.deadline)
         except TimeoutError:
             raise SubmissionTimeout(f"no answer after {self.deadline - self.started:.0f} s: an endless loop?") from None

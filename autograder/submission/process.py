@@ -10,7 +10,6 @@ import contextlib
 import os
 import re
 import shutil
-import signal
 import socket
 import subprocess
 import sys
@@ -22,6 +21,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from autograder.submission.sandbox import Sandbox
+from autograder.submission.watchdog import Watchdog, count_threads, end_all, members
 
 if TYPE_CHECKING:
     from autograder.submission.client import Submission
@@ -29,19 +29,23 @@ if TYPE_CHECKING:
 __all__ = ["CellResult", "Limits", "WorkerFailed", "WorkerProcess"]
 
 MAX_FATAL_CELLS = 3
+MAX_RECEIVED = 256 * 2**20  # bytes one check may be sent; a check of the labs is sent ten million
 MAX_TEXT, MAX_PICTURE = 400_000, 4_000_000  # characters of one cell's output, of one picture
 _BASE64 = re.compile(r"[A-Za-z0-9+/=\n]*")
 
 
 @dataclass(frozen=True)
 class Limits:
-    """Seconds a submission may take."""
+    """What a submission may take; seconds where nothing else is said."""
 
     start: float = 60.0
     cell: float = 60.0
     check: float = 30.0
     notebook: float = 300.0  # all cells together
+    submission: float = 900.0  # cells and checks together
     grace: float = 3.0  # after a cell's own alarm, before its process is killed
+    memory: int = 4 * 2**30  # bytes, of all its processes together
+    processes: int = 64  # threads included
 
 
 class WorkerFailed(Exception):
@@ -62,17 +66,23 @@ class WorkerProcess:
 
     def __init__(self, sandbox: Sandbox, limits: Limits):
         self.sandbox, self.limits = sandbox, limits
+        self.struck: list[str] = []  # limits that struck, each in one line
+        self._end: float | None = None  # of the submission's time, on the monotonic clock
         self._start()
 
     # -- life -----------------------------------------------------------------------------------------------------
 
     def _start(self) -> None:
         ours, theirs = socket.socketpair()
-        command = [sys.executable, "-I", "-m", "autograder.submission.worker", str(theirs.fileno())]
+        self._user = user = self.sandbox.new_user()
         self._folder = tempfile.mkdtemp(prefix="submission-")
-        os.chmod(self._folder, 0o777)  # another user may work in it
-        self._process = subprocess.Popen(
-            self.sandbox.command(command, self._folder),
+        if user is not None:
+            os.chown(self._folder, user, user)
+        processes = self.limits.processes + (count_threads() if user is None else 0)
+        limits = [str(self.limits.memory), str(processes)]
+        command = [sys.executable, "-I", "-m", "autograder.submission.worker", str(theirs.fileno()), *limits]
+        self._process = process = subprocess.Popen(
+            self.sandbox.command(command, user),
             env=self.sandbox.environment(self._folder),
             cwd=self._folder,
             pass_fds=[theirs.fileno()],
@@ -84,7 +94,13 @@ class WorkerProcess:
         theirs.close()
         self._socket, self._stderr = ours, bytearray()
         threading.Thread(target=self._drain_stderr, args=(self._process.stderr, self._stderr), daemon=True).start()
+        self._watchdog = Watchdog(lambda: members(process, user), self.limits.memory, self._on_strike)
+        self._watchdog.start()
         self._ready = False
+
+    def _on_strike(self, what: str) -> None:
+        if what not in self.struck:
+            self.struck.append(what)
 
     @staticmethod
     def _drain_stderr(pipe: Any, kept: bytearray) -> None:
@@ -111,10 +127,8 @@ class WorkerProcess:
     def close(self) -> None:
         """Kill the worker, its children and whatever they started."""
         self._socket.close()
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(self._process.pid, signal.SIGKILL)
-        self._process.kill()
-        self._process.wait()
+        self._watchdog.stop()
+        end_all(self._process, self._user, self._folder if self.sandbox.level == "none" else None)
         shutil.rmtree(self._folder, ignore_errors=True)
 
     def __enter__(self) -> WorkerProcess:
@@ -122,6 +136,12 @@ class WorkerProcess:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    def _deadline(self) -> float:
+        """When the submission's time is used up; it begins to run with its first cell or check."""
+        if self._end is None:
+            self._end = time.monotonic() + self.limits.submission
+        return self._end
 
     # -- work -----------------------------------------------------------------------------------------------------
 
@@ -158,7 +178,7 @@ class WorkerProcess:
         """Results of the cells that were run, and the cell that cost the process, if one did."""
         from autograder.submission.wire import Malformed, Unsendable
 
-        end = time.monotonic() + self.limits.notebook
+        end = min(time.monotonic() + self.limits.notebook, self._deadline())
         results: list[CellResult] = []
         for label, source in cells:
             seconds = min(self.limits.cell, end - time.monotonic())
@@ -172,7 +192,7 @@ class WorkerProcess:
                 message = f"the cell did not end within {seconds:.0f} s and could not be interrupted"
                 return results, CellResult(label, error=("TimeoutError", message, label))
             except (EOFError, OSError, Malformed, Unsendable):
-                message = "the cell ended the notebook's process"
+                message = "; ".join(["the cell ended the notebook's process", *self.struck])
                 return results, CellResult(label, error=("ProcessEnded", message, label))
         return results, None
 
@@ -182,12 +202,17 @@ class WorkerProcess:
 
         Raises:
             SubmissionDied: if the worker is gone.
+            SubmissionTimeout: if the submission has used up its time.
         """
-        from autograder.submission.client import Submission, SubmissionDied
+        from autograder.submission.client import Submission, SubmissionDied, SubmissionTimeout
         from autograder.submission.wire import Channel, Malformed
 
+        if time.monotonic() > self._deadline():
+            why = f"time: the submission's {self.limits.submission:.0f} s were used up before this check"
+            self._on_strike(why.replace("this check", "the last check"))
+            raise SubmissionTimeout(why)
         ours, theirs = socket.socketpair()
-        channel = Channel(ours)
+        channel = Channel(ours, budget=MAX_RECEIVED)
         self._wait_until_ready()
         soon = time.monotonic() + 10
         try:
@@ -204,7 +229,7 @@ class WorkerProcess:
                 "the submission's process is gone: a cell of the notebook ended or blocked it"
             ) from None
         try:
-            yield Submission.connect(channel, time.monotonic() + self.limits.check)
+            yield Submission.connect(channel, min(time.monotonic() + self.limits.check, self._deadline()))
         finally:
             channel.close()
             with contextlib.suppress(EOFError, OSError, TimeoutError, Malformed):

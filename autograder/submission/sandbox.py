@@ -2,8 +2,10 @@
 
 Three levels, strongest first; `auto` takes the first that works here, found by running it:
 
-bwrap   bubblewrap: read-only system, no network, own process space, the course and the home folder out of sight
-uid     a separate unprivileged user (only when started as root): cannot write the course's files
+bwrap   bubblewrap: of the machine only a read-only system, the environment, the kit and its data; no network, a process
+        space of its own, small files in memory; started as root, also an unprivileged user of its own
+uid     an unprivileged user of its own for every submission (only when started as root): cannot write the course's
+        files, and nothing of it stays
 none    the grader's own user: the verdict is still computed apart, but the submission can read and write what you can
 """
 
@@ -11,6 +13,7 @@ from __future__ import annotations
 
 import functools
 import os
+import secrets
 import shutil
 import subprocess
 import sys
@@ -24,7 +27,14 @@ import difflab
 __all__ = ["LEVELS", "Sandbox", "choose"]
 
 LEVELS = ("auto", "bwrap", "uid", "none")
-_NOBODY = "65534"
+_HOME = "/home/student"  # inside bubblewrap
+_TMPFS = 256 * 2**20  # bytes that may be written in each of the folders that can be written
+# What a Python with torch needs of a system besides its environment; torch asks the last two what the processor can do.
+_SYSTEM = (
+    "/usr", "/bin", "/sbin", "/lib", "/lib32", "/lib64", "/libx32", "/nix/store",
+    "/etc/alternatives", "/etc/fonts", "/etc/group", "/etc/ld.so.cache", "/etc/ld.so.conf", "/etc/ld.so.conf.d",
+    "/etc/localtime", "/etc/nsswitch.conf", "/etc/passwd", "/sys/devices/system/cpu", "/sys/devices/system/node",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -32,28 +42,27 @@ class Sandbox:
     """A level that works on this machine."""
 
     level: str
-    note: str  # what it does not protect from, in one line; empty for the strongest
+    note: str  # what it does not protect from, in one line
 
-    def command(self, arguments: list[str], folder: str) -> list[str]:
-        """The command line that runs `arguments` inside, with `folder` to work in."""
-        if self.level == "bwrap":
-            return _bwrap(arguments, folder)
-        if self.level == "uid":
-            return [
-                "setpriv",
-                f"--reuid={_NOBODY}",
-                f"--regid={_NOBODY}",
-                "--clear-groups",
-                "--no-new-privs",
-                *arguments,
-            ]
-        return arguments
+    def new_user(self) -> int | None:
+        """A user id that nobody else has, for one submission; None where the level runs as the grader's own user."""
+        if self.level == "none" or os.getuid() != 0:
+            return None
+        return 2**30 + secrets.randbelow(2**30)
+
+    def command(self, arguments: list[str], user: int | None) -> list[str]:
+        """The command line that runs `arguments` inside, as `user` if there is one."""
+        if user is not None:
+            arguments = ["setpriv", f"--reuid={user}", f"--regid={user}", "--clear-groups", "--no-new-privs",
+                         "--inh-caps=-all", "--bounding-set=-all", *arguments]  # fmt: skip
+        return _bwrap(arguments, user is not None) if self.level == "bwrap" else arguments
 
     def environment(self, folder: str) -> dict[str, str]:
         """A clean environment: nothing of the grader's own, no network proxies, no tokens."""
         return {
             "PATH": f"{Path(sys.executable).parent}:/usr/bin:/bin",
-            "HOME": folder,
+            "HOME": _HOME if self.level == "bwrap" else folder,
+            "USER": "student",
             "LANG": "C.UTF-8",
             "MPLBACKEND": "agg",
             "DIFFLAB_GRADING": "1",  # check(...) in a student's own cell is answered later, from outside
@@ -86,16 +95,16 @@ def choose(level: str = "auto") -> Sandbox:
 
 
 def _candidates() -> Iterator[Sandbox]:
-    yield Sandbox("bwrap", "")
+    yield Sandbox("bwrap", "the kernel itself is shared: a submission that breaks Linux gets out")
     yield Sandbox(
         "uid",
-        "submissions can use the network and read what every user can, the solutions perhaps included; "
+        "submissions can use the network, fill /tmp, and read what every user can, the solutions perhaps included; "
         "install bubblewrap to prevent it",
     )
     yield Sandbox(
         "none",
-        "submissions run as your user and could read and change your files, solutions and gradebook included; "
-        "install bubblewrap, or grade on a machine that holds nothing else",
+        "submissions run as your user: they could read and change your files, solutions and gradebook included, "
+        "stop your programs and use the network; install bubblewrap, or grade on a machine that holds nothing else",
     )
 
 
@@ -106,12 +115,15 @@ def _probe(sandbox: Sandbox) -> str | None:
         return None
     if sandbox.level == "bwrap" and shutil.which("bwrap") is None:
         return "bubblewrap is not installed (Debian, Ubuntu: apt install bubblewrap)"
-    if sandbox.level == "uid" and (os.name != "posix" or os.getuid() != 0 or shutil.which("setpriv") is None):
-        return "it needs root and the program setpriv"
+    if sandbox.level == "uid" and (os.name != "posix" or os.getuid() != 0):
+        return "it needs root"
+    if sandbox.new_user() is not None and shutil.which("setpriv") is None:
+        return "it needs the program setpriv, of util-linux"
     try:
         run = subprocess.run(
-            sandbox.command([sys.executable, "-I", "-c", "import msgpack, autograder, difflab"], "/tmp"),
-            env=sandbox.environment("/tmp"), stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=30,
+            sandbox.command([sys.executable, "-I", "-c", "import msgpack, autograder, difflab"], sandbox.new_user()),
+            env=sandbox.environment("/tmp"), cwd="/", stdin=subprocess.DEVNULL, capture_output=True, text=True,
+            timeout=30,
         )  # fmt: skip
     except (OSError, subprocess.TimeoutExpired) as error:
         return str(error)
@@ -120,24 +132,67 @@ def _probe(sandbox: Sandbox) -> str | None:
     return (run.stderr.strip().splitlines() or [f"exit status {run.returncode}"])[-1][:200]
 
 
-def _bwrap(arguments: list[str], folder: str) -> list[str]:
-    root = Path(autograder.__file__).resolve().parents[1]
-    hidden = {Path.home().resolve(), Path.cwd().resolve(), Path("/tmp"), Path("/var/tmp"), Path("/run"), root}
-    hidden.discard(Path("/"))
-    visible = [
+def _bwrap(arguments: list[str], as_root: bool) -> list[str]:
+    command = ["bwrap"]
+    for path in map(Path, _SYSTEM):
+        if path.is_symlink() and path.parent == Path("/"):
+            command += ["--symlink", os.readlink(path), str(path)]
+        else:
+            command += ["--ro-bind-try", str(path), str(path)]
+    root, here = _course(), Path.cwd()
+    for folder in sorted({root, here} - {Path("/")}):  # a course in /usr/src, say
+        if any(folder != Path(path) and folder.is_relative_to(path) for path in _SYSTEM):
+            command += ["--tmpfs", str(folder)]
+    visible = _visible(root, here)
+    for folder in sorted({parent for path in visible for parent in path.parents} - {Path("/")}):
+        command += ["--dir", str(folder)]  # else only root could enter it
+    for path in visible:
+        command += ["--ro-bind", str(path), str(path)]
+    command += ["--proc", "/proc", "--dev", "/dev"]
+    for folder in ("/tmp", "/var/tmp", "/dev/shm", _HOME):
+        command += [*_limited_size(), "--perms", "1777", "--tmpfs", folder]
+    command += ["--remount-ro", "/dev", "--remount-ro", "/", "--chdir", _HOME, "--die-with-parent", "--new-session"]
+    # As root without a user namespace, so that the submission can be another user than the files' owner.
+    if as_root:
+        command += ["--unshare-pid", "--unshare-net", "--unshare-ipc", "--unshare-uts", "--unshare-cgroup-try"]
+    else:
+        command += ["--unshare-all", "--cap-drop", "ALL"]
+    return [*command, "--", *arguments]
+
+
+def _course() -> Path:
+    """The folder that holds solutions/; of an installed package, the package itself."""
+    package = Path(autograder.__file__).resolve().parent
+    return package.parent if (package.parent / "solutions").is_dir() else package
+
+
+def _visible(root: Path, here: Path) -> list[Path]:
+    """The environment, the kit, its data, and of the grader what runs inside; a folder comes before what is in it."""
+    package = Path(autograder.__file__).resolve().parent
+    whole = {
+        *(Path(entry).resolve() for entry in sys.path if Path(entry).is_absolute()),
         Path(sys.prefix).resolve(),
         Path(sys.base_prefix).resolve(),
+    }
+    parts = {
         Path(difflab.__file__).resolve().parent,
-        root / "autograder" / "__init__.py",
-        root / "autograder" / "submission",
+        package / "__init__.py",
+        package / "submission",
         root / "data",
-    ]
-    command = ["bwrap", "--ro-bind", "/", "/", "--dev", "/dev", "--proc", "/proc"]
-    for path in sorted(hidden):  # a folder inside a hidden one comes after it
-        if path.is_dir():
-            command += ["--tmpfs", str(path)]
-    for path in sorted(set(visible)):
-        if path.exists():
-            command += ["--ro-bind", str(path), str(path)]
-    command += ["--dir", folder, "--unshare-all", "--die-with-parent", "--new-session", "--chdir", folder, "--"]
-    return command + arguments
+    }
+    return sorted(path for path in parts | {path for path in whole if _is_safe(path, root, here)} if path.exists())
+
+
+def _is_safe(path: Path, root: Path, here: Path) -> bool:
+    """Neither a folder that contains the course, nor one that is there already with the course hidden in it."""
+    if root.is_relative_to(path) or here.is_relative_to(path):
+        return False
+    inside = path.is_relative_to(root) or path.is_relative_to(here)
+    return inside or not any(path.is_relative_to(known) for known in _SYSTEM)
+
+
+@functools.cache
+def _limited_size() -> tuple[str, ...]:
+    """The option that limits what a folder in memory may hold: bubblewrap has it since 0.7."""
+    known = subprocess.run(["bwrap", "--help"], capture_output=True, text=True).stdout
+    return ("--size", str(_TMPFS)) if "--size" in known else ()

@@ -104,6 +104,8 @@ def _pack(value: Any, depth: int) -> Any:
         raise Unsendable(f"the value is nested more than {MAX_DEPTH} deep")
     if value is None or isinstance(value, (bool, str)):
         return value
+    if isinstance(value, np.bool_):
+        return bool(value)
     if isinstance(value, (int, np.integer)):
         if not -(2**63) <= value < 2**64:
             raise Unsendable("an integer is beyond 64 bits")
@@ -156,31 +158,15 @@ def decode(data: bytes) -> Any:
     Raises:
         Malformed: for anything `encode` would not have written.
     """
+    reader = _Reader()
     try:
-        count = _Counter()
-        value = msgpack.unpackb(
-            data, ext_hook=_unpack_ext, list_hook=count, object_hook=count, strict_map_key=False, raw=False,
-            max_ext_len=MAX_MESSAGE, max_array_len=MAX_ITEMS, max_map_len=MAX_ITEMS,
-        )  # fmt: skip
+        value = reader.unpack(data, ext_hook=reader.extension)
         _check_depth(value, 0)
         return value
     except Malformed:
         raise
     except Exception as error:  # msgpack raises many kinds, some of them ours through ext_hook
         raise Malformed(f"the message cannot be read ({type(error).__name__}: {str(error)[:100]})") from None
-
-
-class _Counter:
-    """Counts items while a message is read: a megabyte of empty maps would become a hundred of Python objects."""
-
-    def __init__(self) -> None:
-        self.items = 0
-
-    def __call__(self, container: list | dict) -> list | dict:
-        self.items += 1 + len(container)
-        if self.items > MAX_ITEMS:
-            raise Malformed(f"the message holds more than {MAX_ITEMS:,} values")
-        return container
 
 
 def _check_depth(value: Any, depth: int) -> None:
@@ -198,9 +184,65 @@ def _check_depth(value: Any, depth: int) -> None:
         raise Malformed("the message holds a value of unknown type")
 
 
-def _unpack_ext(code: int, data: bytes) -> Any:
-    if code == _TENSOR:
-        name, shape, raw = _unpack_list(data, 3)
+class _Reader:
+    """Reads one message, counting what it holds: a megabyte of empty maps would become a hundred of Python objects."""
+
+    def __init__(self) -> None:
+        self.items = 0
+
+    def unpack(self, data: bytes, **options: Any) -> Any:
+        """The value in `data`, extensions included."""
+        return msgpack.unpackb(
+            data, list_hook=self.count, object_hook=self.count, strict_map_key=False, raw=False,
+            max_ext_len=MAX_MESSAGE, max_array_len=MAX_ITEMS, max_map_len=MAX_ITEMS, **options,
+        )  # fmt: skip
+
+    def count(self, container: list | dict) -> list | dict:
+        """Called with every list and map when it is complete."""
+        self.items += 1 + len(container)
+        if self.items > MAX_ITEMS:
+            raise Malformed(f"the message holds more than {MAX_ITEMS:,} values")
+        return container
+
+    def parts(self, data: bytes, length: int, **options: Any) -> list:
+        """The parts of an extension."""
+        value = self.unpack(data, **options)
+        if not isinstance(value, list) or len(value) != length:
+            raise Malformed("an extension has the wrong number of parts")
+        return value
+
+    def extension(self, code: int, data: bytes) -> Any:
+        """A tensor, handle, reference, schedule or figure."""
+        if code == _TENSOR:
+            return self.tensor(code, data)
+        if code == _HANDLE:
+            identity, class_name = self.parts(data, 2)
+            if type(identity) is not int or not isinstance(class_name, str):
+                raise Malformed("a handle is not described properly")
+            return Handle(identity, class_name[:100])
+        if code == _REFERENCE:
+            identity, kind, dtype_name = self.parts(data, 3)
+            if type(identity) is not int or kind not in ("model", "function") or dtype_name not in DTYPES:
+                raise Malformed("a reference is not described properly")
+            return Reference(identity, kind, dtype_name)
+        if code == _SCHEDULE:
+            if not data or len(data) % 8 or len(data) > 8 * 100_000:
+                raise Malformed("a schedule is not described properly")
+            return ScheduleReference(torch.frombuffer(bytearray(data), dtype=torch.float64))
+        if code == _FIGURE:
+            png, images = self.parts(data, 2, ext_hook=self.tensor)  # tensors only, so that figures cannot nest
+            if not isinstance(png, bytes) or not isinstance(images, list):
+                raise Malformed("a figure is not described properly")
+            if not all(isinstance(image, torch.Tensor) for image in images):
+                raise Malformed("a figure holds something other than images")
+            return Figure(png, images)
+        raise Malformed(f"unknown extension {code}")
+
+    def tensor(self, code: int, data: bytes) -> torch.Tensor:
+        """A tensor, and nothing else."""
+        if code != _TENSOR:
+            raise Malformed("a figure holds something other than images")
+        name, shape, raw = self.parts(data, 3)
         dtype = DTYPES.get(name) if isinstance(name, str) else None
         if dtype is None or not isinstance(raw, bytes) or not isinstance(shape, list) or len(shape) > 16:
             raise Malformed("a tensor is not described properly")
@@ -213,52 +255,21 @@ def _unpack_ext(code: int, data: bytes) -> Any:
         if not raw:
             return torch.empty(shape, dtype=dtype)
         return torch.frombuffer(bytearray(raw), dtype=dtype).reshape(shape)
-    if code == _HANDLE:
-        identity, class_name = _unpack_list(data, 2)
-        if type(identity) is not int or not isinstance(class_name, str):
-            raise Malformed("a handle is not described properly")
-        return Handle(identity, class_name[:100])
-    if code == _REFERENCE:
-        identity, kind, dtype_name = _unpack_list(data, 3)
-        if type(identity) is not int or kind not in ("model", "function") or dtype_name not in DTYPES:
-            raise Malformed("a reference is not described properly")
-        return Reference(identity, kind, dtype_name)
-    if code == _SCHEDULE:
-        if not data or len(data) % 8 or len(data) > 8 * 100_000:
-            raise Malformed("a schedule is not described properly")
-        return ScheduleReference(torch.frombuffer(bytearray(data), dtype=torch.float64))
-    if code == _FIGURE:
-        png, images = _unpack_list(data, 2, ext_hook=_unpack_tensor_ext)
-        if not isinstance(png, bytes) or not isinstance(images, list):
-            raise Malformed("a figure is not described properly")
-        if not all(isinstance(image, torch.Tensor) for image in images):
-            raise Malformed("a figure holds something other than images")
-        return Figure(png, images)
-    raise Malformed(f"unknown extension {code}")
-
-
-def _unpack_tensor_ext(code: int, data: bytes) -> Any:
-    """Inside a figure: tensors only, so that figures cannot nest."""
-    if code != _TENSOR:
-        raise Malformed("a figure holds something other than images")
-    return _unpack_ext(code, data)
-
-
-def _unpack_list(data: bytes, length: int, **options: Any) -> list:
-    value = msgpack.unpackb(data, raw=False, max_ext_len=MAX_MESSAGE, **options)
-    if not isinstance(value, list) or len(value) != length:
-        raise Malformed("an extension has the wrong number of parts")
-    return value
 
 
 # -- frames ------------------------------------------------------------------------------------------------------
 
 
 class Channel:
-    """Messages over a socket, each a 4-byte length and that many bytes."""
+    """Messages over a socket, each a 4-byte length and that many bytes.
 
-    def __init__(self, sock: socket.socket):
-        self.socket = sock
+    Args:
+        sock: a connected stream socket.
+        budget: how many bytes may be received in all; None for any number.
+    """
+
+    def __init__(self, sock: socket.socket, budget: int | None = None):
+        self.socket, self.budget = sock, budget
 
     def send(self, message: Any, deadline: float | None = None) -> None:
         """Send a value.
@@ -283,6 +294,10 @@ class Channel:
             raise Malformed(
                 f"a message of {length / 2**20:.0f} MB was announced; at most {MAX_MESSAGE // 2**20} may be sent"
             )
+        if self.budget is not None:
+            self.budget -= length
+            if self.budget < 0:
+                raise Malformed("more was sent than one check has room for")
         return decode(self._read(length, deadline))
 
     def close(self) -> None:

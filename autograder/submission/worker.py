@@ -28,12 +28,11 @@ MAX_CELL_PICTURES = 20
 
 
 def main() -> None:
-    """Serve the control socket whose descriptor is the first argument, until it closes."""
-    descriptor = int(sys.argv[1])
+    """Serve the control socket until it closes. Arguments: its descriptor, bytes of memory, number of processes."""
+    descriptor, memory, processes = map(int, sys.argv[1:])
     control_socket = socket.socket(fileno=descriptor)
     control_socket.set_inheritable(False)
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    resource.setrlimit(resource.RLIMIT_FSIZE, (64 * 2**20, 64 * 2**20))
+    _limit(memory, processes)
 
     import torch
     from IPython.core.interactiveshell import InteractiveShell
@@ -72,7 +71,10 @@ def main() -> None:
                 os.setsid()
                 control_socket.close()
                 torch.set_num_threads(1)
-                _serve(Channel(socket.socket(fileno=descriptors[0])), shell.user_ns, runner.file_labels, Server)
+                try:
+                    _serve(Channel(socket.socket(fileno=descriptors[0])), shell.user_ns, runner.file_labels, Server)
+                finally:
+                    os._exit(1)  # what the notebook left for the end of its process is not the check's concern
             os.close(descriptors[0])
             children.add(pid)
             control.send({"pid": pid})
@@ -81,6 +83,23 @@ def main() -> None:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(request["pid"], signal.SIGKILL)
             os.waitpid(request["pid"], 0)
+
+
+def _limit(memory: int, processes: int) -> None:
+    """What the kernel holds each process to. That all of them together keep within `memory` is the watchdog's part."""
+    limits = {
+        resource.RLIMIT_CORE: 0,
+        resource.RLIMIT_FSIZE: 64 * 2**20,
+        resource.RLIMIT_NOFILE: 512,
+        resource.RLIMIT_NPROC: processes,
+        resource.RLIMIT_DATA: memory,  # not the address space, of which importing torch takes gigabytes
+    }
+    for kind, value in limits.items():
+        hard = resource.getrlimit(kind)[1]
+        value = value if hard == resource.RLIM_INFINITY else min(value, hard)
+        resource.setrlimit(kind, (value, value))
+    with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w") as file:
+        file.write("1000")  # should the machine run out of memory all the same, this goes first
 
 
 def _pin_threads(torch: Any) -> None:

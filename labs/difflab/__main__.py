@@ -102,6 +102,7 @@ def _parser() -> argparse.ArgumentParser:
     table.add_argument("--batch-size", type=int, default=128)
     table.add_argument("--precision", choices=["float32", "bfloat16"], default="float32", help="of the network calls")
     table.add_argument("--device", default=_default_device())
+    table.add_argument("--compile", action="store_true", help="draw with torch.compile: faster, needs a C++ compiler")
     table.add_argument("--work", type=Path, default=Path("runs/quality"), help="keeps finished batches")
     table.add_argument("--out", type=Path, default=Path("quality.json"))
     table.set_defaults(command=_quality_table)
@@ -299,6 +300,8 @@ def _quality_table(arguments: argparse.Namespace) -> None:
     if schedule.num_timesteps != 1000:
         raise ValueError(f"the table is about networks with 1000 timesteps; this one has {schedule.num_timesteps}")
     test_images, _ = datasets.load_mnist("test", fallback=False)
+    if arguments.compile:
+        model = torch.compile(model, options={"freezing": True})
     table = draw_rows(
         samplers, model, schedule, test_images, arguments.work, arguments.num, tuple(arguments.seeds),
         arguments.batch_size, arguments.precision, arguments.device,

@@ -246,7 +246,7 @@ def test_seed_consistency(submission, rng):
         result = submission.seed_consistency(sampler, shape, seeds if repeatable else seeds[:1])
         if not isinstance(result, dict) or not {"repeatable", "mean", "std"} <= result.keys():
             expect.fail('seed_consistency should return a dict with "repeatable", "mean" and "std".')
-        if bool(result["repeatable"]) is not repeatable:
+        if expect.truth(result["repeatable"], '"repeatable"') is not repeatable:
             expect.fail(
                 '"repeatable" is False although the network answers the same every time: torch.manual_seed(seed) before '
                 "each of the two runs?"
@@ -254,7 +254,7 @@ def test_seed_consistency(submission, rng):
                 else '"repeatable" is True although the network answered differently the second time: compare the samples.'
             )
         if not repeatable:
-            return
+            continue
         if len(network.calls) != 2 * len(seeds) * per_run or not network.calls:
             expect.fail(
                 f"two runs for each of {len(seeds)} seeds are {2 * len(seeds) * per_run} network calls; "
@@ -271,7 +271,7 @@ def test_seed_consistency(submission, rng):
             expect.fail("the two runs of a seed start from different noise: call torch.manual_seed(seed) before each.")
         ends = [_chain_end(sampler, network, first[-1]) for first, _ in by_start.values()]
         if any(end is None for end in ends):
-            return  # the chain's end is random, which the check of sample or of the step says
+            continue  # the chain's end is random, which the check of sample or of the step says
         for key, statistic in (("mean", torch.Tensor.mean), ("std", torch.Tensor.std)):
             given = [
                 expect.tensor(v, f'"{key}" of a seed', ()) for v in expect.tensors(result[key], f'"{key}"', len(seeds))
