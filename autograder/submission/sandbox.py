@@ -134,23 +134,20 @@ def _probe(sandbox: Sandbox) -> str | None:
 
 def _bwrap(arguments: list[str], as_root: bool) -> list[str]:
     command = ["bwrap"]
+    for folder in ("/tmp", "/var/tmp", _HOME):
+        command += [*_limited_size(), "--perms", "1777", "--tmpfs", folder]
     for path in map(Path, _SYSTEM):
         if path.is_symlink() and path.parent == Path("/"):
             command += ["--symlink", os.readlink(path), str(path)]
         else:
             command += ["--ro-bind-try", str(path), str(path)]
     root, here = _course(), Path.cwd()
-    for folder in sorted({root, here} - {Path("/")}):  # a course in /usr/src, say
-        if any(folder != Path(path) and folder.is_relative_to(path) for path in _SYSTEM):
-            command += ["--tmpfs", str(folder)]
     visible = _visible(root, here)
-    for folder in sorted({parent for path in visible for parent in path.parents} - {Path("/")}):
-        command += ["--dir", str(folder)]  # else only root could enter it
-    for path in visible:
-        command += ["--ro-bind", str(path), str(path)]
-    command += ["--proc", "/proc", "--dev", "/dev"]
-    for folder in ("/tmp", "/var/tmp", "/dev/shm", _HOME):
-        command += [*_limited_size(), "--perms", "1777", "--tmpfs", folder]
+    command += _read_only(visible)
+    hidden = [f for f in {root, here} if any(f != p and f.is_relative_to(p) for p in [*map(Path, _SYSTEM), *visible])]
+    for folder in hidden:  # a course in /usr/src, say
+        command += ["--tmpfs", str(folder), *_read_only([p for p in visible if p.is_relative_to(folder)])]
+    command += ["--proc", "/proc", "--dev", "/dev", *_limited_size(), "--perms", "1777", "--tmpfs", "/dev/shm"]
     command += ["--remount-ro", "/dev", "--remount-ro", "/", "--chdir", _HOME, "--die-with-parent", "--new-session"]
     # As root without a user namespace, so that the submission can be another user than the files' owner.
     if as_root:
@@ -158,6 +155,15 @@ def _bwrap(arguments: list[str], as_root: bool) -> list[str]:
     else:
         command += ["--unshare-all", "--cap-drop", "ALL"]
     return [*command, "--", *arguments]
+
+
+def _read_only(paths: list[Path]) -> list[str]:
+    options = []
+    for folder in sorted({parent for path in paths for parent in path.parents} - {Path("/"), Path("/tmp")}):
+        options += ["--dir", str(folder)]  # else only root could enter it
+    for path in paths:
+        options += ["--ro-bind", str(path), str(path)]
+    return options
 
 
 def _course() -> Path:
@@ -169,26 +175,17 @@ def _course() -> Path:
 def _visible(root: Path, here: Path) -> list[Path]:
     """The environment, the kit, its data, and of the grader what runs inside; a folder comes before what is in it."""
     package = Path(autograder.__file__).resolve().parent
-    whole = {
-        *(Path(entry).resolve() for entry in sys.path if Path(entry).is_absolute()),
+    imported = {Path(entry).resolve() for entry in sys.path if Path(entry).is_absolute()}
+    visible = {
+        *(path for path in imported if not (root.is_relative_to(path) or here.is_relative_to(path))),
         Path(sys.prefix).resolve(),
         Path(sys.base_prefix).resolve(),
-    }
-    parts = {
         Path(difflab.__file__).resolve().parent,
         package / "__init__.py",
         package / "submission",
         root / "data",
-    }
-    return sorted(path for path in parts | {path for path in whole if _is_safe(path, root, here)} if path.exists())
-
-
-def _is_safe(path: Path, root: Path, here: Path) -> bool:
-    """Neither a folder that contains the course, nor one that is there already with the course hidden in it."""
-    if root.is_relative_to(path) or here.is_relative_to(path):
-        return False
-    inside = path.is_relative_to(root) or path.is_relative_to(here)
-    return inside or not any(path.is_relative_to(known) for known in _SYSTEM)
+    } - set(map(Path, _SYSTEM))
+    return sorted(path for path in visible if path.exists())
 
 
 @functools.cache

@@ -866,7 +866,7 @@ attack(
     import torch
     def hoard(*a, **k):
         kept = []
-        while True: kept.append(torch.ones(2**26))
+        while True: kept.append(torch.empty(2**28))
     ForwardProcessImpl.add_noise = hoard
     """,
     told="memory",
