@@ -28,8 +28,9 @@ notebooks: $(VENV)/installed  ## build and execute every notebook, and the rubri
 	$(BIN)/python -m autograder build
 	$(BIN)/python docs/samplers.py
 
-benchmark: $(VENV)/installed  ## time and memory of grading one notebook; what sampling loops cost beside the network
+benchmark: $(VENV)/installed  ## time and memory of grading a notebook and a class; what sampling loops cost
 	$(BIN)/python benchmarks/grading.py
+	$(BIN)/python benchmarks/course.py
 	$(BIN)/python benchmarks/cached_loop.py
 
 lint: $(VENV)/installed  ## format the code and check it
@@ -40,5 +41,5 @@ clean:  ## remove the environment and everything generated locally
 
 $(VENV)/installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[grading,dev]"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[grading,cluster,dev]"
 	touch $@

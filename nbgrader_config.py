@@ -31,7 +31,7 @@ c.Autograde.autograde_preprocessors = [
     "nbgrader.preprocessors.CheckCellMetadata",
 ]
 
-c.GenerateFeedback.exporter_class = "autograder.nbgrader_plugin.FeedbackExporter"
+c.GenerateFeedback.exporter_class = "autograder.feedback.FeedbackExporter"
 c.GenerateFeedback.preprocessors = [
     "autograder.nbgrader_plugin.FeedbackGrades",
     "nbconvert.preprocessors.CSSHTMLHeaderPreprocessor",

@@ -1,8 +1,10 @@
-"""The command line: python -m autograder grade NOTEBOOK, build, rubric."""
+"""The command line: python -m autograder grade NOTEBOOK, grade-class SUBMITTED, gradescope LAB, build, rubric."""
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -38,6 +40,28 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument("--seed", type=int, default=None, help="repeat the random inputs of an earlier run")
     one.set_defaults(command=_grade)
 
+    many = commands.add_parser("grade-class", help="grade a class, in parallel; run again to go on")
+    many.add_argument("folder", type=Path, help="holds <student>/<lab>/<lab>.ipynb, as nbgrader's submitted/")
+    many.add_argument("--lab", required=True, help="name of the lab, e.g. lab05_sampling")
+    many.add_argument("--out", type=Path, required=True, help="folder for verdicts, grades.csv, report.html, feedback/")
+    many.add_argument("--workers", type=int, default=os.cpu_count(), help="submissions at once (default: all cores)")
+    many.add_argument("--scheduler", metavar="tcp://…", help="a Dask cluster's, in place of this machine's cores")
+    many.add_argument("--sandbox", choices=LEVELS, default="auto")
+    many.add_argument("--check-seconds", type=float, default=Limits.check, help="seconds a check may take")
+    many.add_argument("--no-feedback", action="store_true", help="write no page for each student")
+    many.set_defaults(command=_grade_class)
+
+    gradescope = commands.add_parser("gradescope", help="write the autograder zip of a lab")
+    gradescope.add_argument("lab")
+    gradescope.add_argument("--out", type=Path, default=Path("autograder.zip"))
+    gradescope.set_defaults(command=_gradescope)
+
+    run = commands.add_parser("gradescope-run", help="what the zip's run_autograder calls")
+    run.add_argument("--lab", required=True)
+    run.add_argument("--submission", type=Path, required=True)
+    run.add_argument("--results", type=Path, required=True)
+    run.set_defaults(command=_gradescope_run)
+
     build = commands.add_parser("build", help="build every notebook and the rubric from solutions/*.py")
     build.add_argument("--no-execute", action="store_true", help="keep the outputs that are there")
     build.set_defaults(command=_build)
@@ -64,6 +88,89 @@ def _grade(arguments: argparse.Namespace) -> None:
     if arguments.json:
         Path(arguments.json).write_text(report.to_json() + "\n", encoding="utf-8")
     print(format_report(report))
+
+
+def _grade_class(arguments: argparse.Namespace) -> None:
+    from tqdm import tqdm
+
+    from autograder import course
+
+    if arguments.workers < 1:
+        raise ValueError(f"--workers must be at least 1, got {arguments.workers}")
+    sandbox = choose(arguments.sandbox)
+    limits = Limits(check=arguments.check_seconds)
+    with contextlib.ExitStack() as stack:
+        workers = arguments.workers
+        if arguments.scheduler:
+            executor, workers = stack.enter_context(course.cluster(arguments.scheduler))
+            where, open_executor = (
+                f"{workers} workers of {arguments.scheduler}",
+                lambda: contextlib.nullcontext(executor),
+            )
+        else:
+            where, open_executor = f"{workers} processes", lambda: course.local_pool(workers)
+        print(f"{where}, sandbox {sandbox.level}: {sandbox.note}", file=sys.stderr)
+        bar = stack.enter_context(tqdm(unit="notebook", dynamic_ncols=True, disable=None))
+
+        def show(result: course.Result, total: int) -> None:
+            bar.total = total
+            bar.update()
+            if result.problem:
+                bar.write(f"{result.student}: {result.problem}", file=sys.stderr)
+
+        results = list(
+            course.grade_class(
+                arguments.folder, arguments.lab, arguments.out, open_executor, workers, sandbox.level, limits,
+                progress=show,
+            )
+        )  # fmt: skip
+    _write_class(arguments, results)
+
+
+def _write_class(arguments: argparse.Namespace, results: list) -> None:
+    from autograder.class_report import class_page
+    from autograder.course import local_pool, write_feedback
+    from autograder.exports import grades_csv
+
+    out, lab = arguments.out, arguments.lab
+    try:
+        if not arguments.no_feedback:
+            with local_pool(arguments.workers) as pool:
+                names = [result.student for result in results if result.report is not None]
+                list(
+                    pool.map(write_feedback, *zip(*((arguments.folder, lab, out, name) for name in names)))
+                    if names
+                    else ()
+                )
+        (out / "grades.csv").write_text(grades_csv(results), encoding="utf-8")
+        page = class_page(results, f"{lab}: {len(results)} students", feedback=not arguments.no_feedback)
+        (out / "report.html").write_text(page, encoding="utf-8")
+    except OSError as error:
+        raise RuntimeError(f"cannot write to {out} ({error.strerror or error}); the verdicts are kept there") from None
+    graded = [result for result in results if result.report is not None]
+    print(f"{len(graded)} of {len(results)} graded, {sum(r.graded_now for r in results)} of them now")
+    for name in ("grades.csv", "report.html") + (() if arguments.no_feedback else ("feedback",)):
+        print(f"  {out / name}")
+
+
+def _gradescope(arguments: argparse.Namespace) -> None:
+    from autograder.exports import gradescope_zip
+
+    gradescope_zip(arguments.lab, arguments.out)
+    print(f"{arguments.out}: {arguments.out.stat().st_size / 2**20:.0f} MB; upload it as the assignment's autograder")
+
+
+def _gradescope_run(arguments: argparse.Namespace) -> None:
+    from autograder.exports import find_handed_in, write_gradescope_results
+    from autograder.grading import grade
+    from autograder.notebooks import CannotGrade
+
+    try:
+        path = find_handed_in(arguments.submission, arguments.lab)
+        report, problem = grade(path, arguments.lab), ""
+    except CannotGrade as error:
+        report, problem = None, str(error)
+    write_gradescope_results(arguments.results, report, problem)
 
 
 def format_report(report: Report) -> str:

@@ -69,28 +69,35 @@ CLASS: dict[str, tuple[str, Callable[[NotebookNode, NotebookNode], NotebookNode]
 def main(folder: Path = COURSE / "demo") -> None:
     """Build the class in `folder`, grade it, print the class table and where to look."""
     shutil.rmtree(folder, ignore_errors=True)
-    source = folder / "solutions" / LAB
-    source.mkdir(parents=True)
-    shutil.copy(COURSE / "nbgrader_config.py", folder)
-    shutil.copy(COURSE / "solutions" / LAB / f"{LAB}.ipynb", source)
+    set_up(folder)
     sandbox = choose()
-    print(f"Sandbox: {sandbox.level}" + (f" ({sandbox.note})" if sandbox.note else ""))
-
+    print(f"Sandbox: {sandbox.level} ({sandbox.note})")
     _step(folder, "generate_assignment", LAB)
-    for student, (_, edit) in CLASS.items():
-        solution, release = (
-            nbformat.read(p, as_version=4) for p in (source / f"{LAB}.ipynb", release_path(LAB, folder))
-        )
-        target = folder / "submitted" / student / LAB / f"{LAB}.ipynb"
-        target.parent.mkdir(parents=True)
-        submission = edit(solution, release)
-        for cell in submission.cells:
-            cell.source = re.sub(r" *### (BEGIN|END) SOLUTION\n?", "", cell.source)
-        nbformat.write(submission, target)
+    hand_in(folder)
     _step(folder, "autograde", LAB, "--TrustedGrading.check_seconds=10")
     _step(folder, "generate_feedback", LAB)
     _step(folder, "export")
     _print_table(folder)
+
+
+def set_up(folder: Path) -> None:
+    """A course folder for nbgrader: its configuration, and the solution that the release is made from."""
+    source = folder / "solutions" / LAB
+    source.mkdir(parents=True)
+    shutil.copy(COURSE / "nbgrader_config.py", folder)
+    shutil.copy(COURSE / "solutions" / LAB / f"{LAB}.ipynb", source)
+
+
+def hand_in(folder: Path) -> None:
+    """What the class hands in, under submitted/."""
+    for student, (_, edit) in CLASS.items():
+        solution = nbformat.read(COURSE / "solutions" / LAB / f"{LAB}.ipynb", as_version=4)
+        submission = edit(solution, nbformat.read(release_path(LAB), as_version=4))
+        for cell in submission.cells:
+            cell.source = re.sub(r" *### (BEGIN|END) SOLUTION\n?", "", cell.source)
+        target = folder / "submitted" / student / LAB / f"{LAB}.ipynb"
+        target.parent.mkdir(parents=True)
+        nbformat.write(submission, target)
 
 
 def nbgrader(folder: Path, *arguments: str) -> subprocess.CompletedProcess:

@@ -16,7 +16,7 @@ from autograder.notebooks import CannotGrade
 from autograder.submission.process import CellResult, Limits, WorkerProcess
 from autograder.submission.sandbox import choose
 
-__all__ = ["Report", "grade", "grade_notebook"]
+__all__ = ["Graded", "Report", "grade", "grade_notebook"]
 
 
 @dataclass
@@ -39,9 +39,38 @@ class Report:
     @classmethod
     def from_json(cls, text: str) -> Report:
         """Read what `to_json` wrote."""
-        fields: dict[str, Any] = json.loads(text)
-        fields["checks"] = [CheckResult(**check) for check in fields["checks"]]
-        return cls(**fields)
+        return cls.from_dict(json.loads(text))
+
+    @classmethod
+    def from_dict(cls, fields: dict[str, Any]) -> Report:
+        """Read what `dataclasses.asdict` made."""
+        return cls(**{**fields, "checks": [CheckResult(**check) for check in fields["checks"]]})
+
+
+@dataclass
+class Graded:
+    """A report, and what the cells printed when they were run for it."""
+
+    report: Report
+    outputs: list[list[dict[str, Any]] | None]  # of every cell; None for those that were not run
+    is_repeatable: bool  # False if a limit of time or the grader itself had a part in it
+
+    def apply(self, notebook: NotebookNode) -> NotebookNode:
+        """A copy of the notebook that was graded, with these outputs, and each graded cell's verdict."""
+        notebook = nbformat.from_dict(notebook)
+        for cell, outputs in zip(notebook.cells, self.outputs, strict=True):
+            if outputs is not None:
+                cell["outputs"] = [nbformat.from_dict(output) for output in outputs]
+        return notebook
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON can say it."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, fields: dict[str, Any]) -> Graded:
+        """Read what `to_dict` wrote."""
+        return cls(**{**fields, "report": Report.from_dict(fields["report"])})
 
 
 def grade(
@@ -76,31 +105,24 @@ def grade(
         raise CannotGrade(f"{lab} has no graded cells yet")
     notebook = notebooks.sanitise(submitted, release)
     if worker is not None:
-        return grade_notebook(notebook, lab, worker, seed)[0]
+        return grade_notebook(notebook, lab, worker, seed).report
     with WorkerProcess(choose(sandbox), limits or Limits()) as worker:
-        return grade_notebook(notebook, lab, worker, seed)[0]
+        return grade_notebook(notebook, lab, worker, seed).report
 
 
-def grade_notebook(
-    notebook: NotebookNode, lab: str, worker: WorkerProcess, seed: int | None = None
-) -> tuple[Report, NotebookNode]:
-    """Grade a notebook that `notebooks.sanitise` has prepared, in a fresh worker.
-
-    Returns:
-        (report, the notebook with the outputs of its cells as the worker ran them, and each graded cell's verdict).
-    """
-    notebook = nbformat.from_dict(notebook)
+def grade_notebook(notebook: NotebookNode, lab: str, worker: WorkerProcess, seed: int | None = None) -> Graded:
+    """Grade a notebook that `notebooks.sanitise` has prepared, in a fresh worker."""
     to_run = notebooks.to_run(notebook)
     cells = worker.run_cells([(label, source) for _, label, source in to_run])
     results = run_checks(lab, worker.fork, seed=seed, sources=[source for _, _, source in to_run])
     by_name = {result.name: result for result in results}
     order = [notebooks.grade_id(cell) for cell in notebook.cells if notebooks.is_graded(cell)]
     results.sort(key=lambda result: order.index(result.name) if result.name in order else len(order))
-    for (index, _, _), cell in zip(to_run, cells):
-        notebook.cells[index]["outputs"] = _outputs(cell)
-    for cell in notebook.cells:
-        if notebooks.is_graded(cell):
-            cell["outputs"] = [_verdict(by_name.get(notebooks.grade_id(cell)))]
+    ran = {index: _outputs(cell) for (index, _, _), cell in zip(to_run, cells)}
+    outputs = [
+        [_verdict(by_name.get(notebooks.grade_id(cell)))] if notebooks.is_graded(cell) else ran.get(index)
+        for index, cell in enumerate(notebook.cells)
+    ]
     manual = sum(float(c.metadata["nbgrader"]["points"]) for c in notebook.cells if _is_manual(c))
     report = Report(
         lab=lab,
@@ -113,7 +135,9 @@ def grade_notebook(
         notes=[_note(cell) for cell in cells if cell.error is not None and not cell.error[1].startswith("TODO")]
         + worker.struck,
     )
-    return report, notebook
+    stopped = any(cell.error is not None and cell.error[0] in ("TimeoutError", "NotRun") for cell in cells)
+    by_time = stopped or worker.struck or any(r.status in ("timeout", "error") for r in results)
+    return Graded(report, outputs, is_repeatable=not by_time)
 
 
 def _is_manual(cell: NotebookNode) -> bool:
@@ -126,22 +150,22 @@ def _note(cell: CellResult) -> str:
     return f"{where or cell.label}: {kind}: {message.splitlines()[0] if message else ''}"[:300]
 
 
-def _outputs(cell: CellResult) -> list[NotebookNode]:
-    outputs = [nbformat.from_dict(output) for output in cell.outputs]
+def _outputs(cell: CellResult) -> list[dict[str, Any]]:
+    outputs = list(cell.outputs)
     if cell.error is not None and not any(o["output_type"] == "error" for o in outputs):
         kind, message, where = cell.error
         outputs.append(_error(kind, f"{message} ({where})" if where else message))
     return outputs
 
 
-def _verdict(result: CheckResult | None) -> NotebookNode:
+def _verdict(result: CheckResult | None) -> dict[str, Any]:
     """nbgrader scores a graded cell by its output: an error is 0, anything else the cell's full points."""
     if result is None:
         return _error("NotChecked", "this course has no check of that name")
     if result.status == "passed":
-        return nbformat.v4.new_output("stream", name="stdout", text=f"✓ {result.name}: {result.points:g} points\n")
+        return {"output_type": "stream", "name": "stdout", "text": f"✓ {result.name}: {result.points:g} points\n"}
     return _error({"todo": "To do"}.get(result.status, "Not yet"), result.hint)
 
 
-def _error(kind: str, message: str) -> NotebookNode:
-    return nbformat.v4.new_output("error", ename=kind, evalue=message, traceback=[f"✗ {kind}: {message}"])
+def _error(kind: str, message: str) -> dict[str, Any]:
+    return {"output_type": "error", "ename": kind, "evalue": message, "traceback": [f"✗ {kind}: {message}"]}

@@ -7,19 +7,19 @@ from html import escape
 from pathlib import Path
 
 import nbformat
-from nbconvert.exporters import HTMLExporter, NotebookExporter
+from nbconvert.exporters import NotebookExporter
 from nbconvert.exporters.exporter import ResourcesDict
 from nbformat import NotebookNode
 from nbgrader.preprocessors import GetGrades, NbGraderPreprocessor
-from traitlets import Enum, Float
-from traitlets.config import Config
+from traitlets import Enum, Float, Unicode
 
 from autograder import notebooks
 from autograder.grading import grade_notebook
+from autograder.store import Reports, key_of
 from autograder.submission.process import Limits, WorkerProcess
 from autograder.submission.sandbox import LEVELS, choose
 
-__all__ = ["FeedbackExporter", "FeedbackGrades", "NotebookHygiene", "SubmissionExporter", "TrustedGrading"]
+__all__ = ["FeedbackGrades", "NotebookHygiene", "SubmissionExporter", "TrustedGrading"]
 
 
 class SubmissionExporter(NotebookExporter):
@@ -66,6 +66,7 @@ class TrustedGrading(NbGraderPreprocessor):
     check_seconds = Float(Limits.check, help="Seconds a check may take.").tag(config=True)
     submission_seconds = Float(Limits.submission, help="Seconds for all cells and checks together.").tag(config=True)
     memory_gb = Float(Limits.memory / 2**30, help="Gigabytes a submission may hold.").tag(config=True)
+    reports = Unicode("reports", help="Folder of verdicts, read and added to; empty for none.").tag(config=True)
 
     def preprocess(self, nb, resources):
         """Grade the notebook; nbgrader reads the scores off the outputs of the graded cells."""
@@ -76,12 +77,20 @@ class TrustedGrading(NbGraderPreprocessor):
             cell=self.cell_seconds, check=self.check_seconds, submission=self.submission_seconds,
             memory=int(self.memory_gb * 2**30),
         )  # fmt: skip
-        with WorkerProcess(sandbox, limits) as worker:
-            report, graded = grade_notebook(nb, resources["nbgrader"]["assignment"], worker)
-        self.log.info("%g of %g automatic points", report.score, report.max_score)
-        for note in report.notes:
+        lab, student = (resources["nbgrader"][key] for key in ("assignment", "student"))
+        course = Path(resources["metadata"]["path"]).resolve().parents[2]
+        reports = Reports(course / self.reports) if self.reports else None
+        key = key_of(nb, lab, sandbox.level, limits)
+        graded = reports.find(key, lab, student) if reports else None
+        if graded is None:
+            with WorkerProcess(sandbox, limits) as worker:
+                graded = grade_notebook(nb, lab, worker)
+            if reports:
+                reports.keep(key, graded)
+        self.log.info("%g of %g automatic points", graded.report.score, graded.report.max_score)
+        for note in graded.report.notes:
             self.log.warning("%s", note)
-        return graded, resources
+        return graded.apply(nb), resources
 
 
 class FeedbackGrades(GetGrades):
@@ -98,15 +107,3 @@ class FeedbackGrades(GetGrades):
         super()._get_score(cell, resources)
         key = (cell.metadata["nbgrader"]["grade_id"], self.notebook_id, self.assignment_id, self.student_id)
         cell.metadata.nbgrader["waiting"] = bool(self.gradebook.find_grade(*key).needs_manual_grade)
-
-
-class FeedbackExporter(HTMLExporter):
-    """The page a student gets back: what is missing and why before what is done, and then the notebook."""
-
-    @property
-    def default_config(self):
-        """nbgrader configures every HTMLExporter for its own page; this class's section goes before that."""
-        folder = str(Path(__file__).parent / "templates")
-        config = Config({"FeedbackExporter": {"template_name": "feedback", "extra_template_basedirs": [folder]}})
-        config.merge(super().default_config)
-        return config

@@ -10,6 +10,7 @@ imports torch, in the same run.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import statistics
 import subprocess
 import sys
@@ -17,38 +18,23 @@ import threading
 import time
 from pathlib import Path
 
+import psutil
+
 from autograder.submission.sandbox import LEVELS, choose
 
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOK = ROOT / "solutions" / "lab05_sampling" / "lab05_sampling.ipynb"
 
 
-def _descendants(pid: int) -> list[int]:
-    """A process and everything it started, by /proc."""
-    children: dict[int, list[int]] = {}
-    for path in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            fields = path.read_text().rpartition(")")[2].split()
-        except OSError:
-            continue
-        children.setdefault(int(fields[1]), []).append(int(path.parent.name))
-    found, stack = [], [pid]
-    while stack:
-        found.append(stack.pop())
-        stack += children.get(found[-1], [])
-    return found
-
-
 def _memory(pid: int) -> float:
     """Proportional set size of the process and its descendants, in MB: shared pages counted once."""
     total = 0
-    for process in _descendants(pid):
-        try:
-            lines = Path(f"/proc/{process}/smaps_rollup").read_text().splitlines()
-        except OSError:
-            continue
-        total += sum(int(line.split()[1]) for line in lines if line.startswith("Pss:"))
-    return total / 1024
+    with contextlib.suppress(psutil.Error):
+        root = psutil.Process(pid)
+        for process in [root, *root.children(recursive=True)]:
+            with contextlib.suppress(psutil.Error):
+                total += process.memory_full_info().pss
+    return total / 2**20
 
 
 def run(command: list[str]) -> tuple[float, float]:

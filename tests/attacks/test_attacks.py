@@ -196,12 +196,13 @@ def test_attack_gains_nothing(level, name, klass, neighbours, traces, solution, 
     before = _fingerprint(*watched)
 
     with WorkerProcess(choose(level), LIMITS) as worker:
-        report, graded = grade_notebook(sanitise(read_notebook(path), student(LAB)), LAB, worker)
+        graded = grade_notebook(sanitise(read_notebook(path), student(LAB)), LAB, worker)
+    report = graded.report
 
     assert report.score == 0, [(c.name, c.points) for c in report.checks if c.points]
     assert {c.status for c in report.checks} <= {"todo", "failed", "missing", "timeout", "crashed"}, report.checks
     assert len(report.checks) == 26 and report.max_score == 89
-    outputs = json.dumps([cell.get("outputs", []) for cell in graded.cells], ensure_ascii=False)
+    outputs = json.dumps(graded.outputs, ensure_ascii=False)
     told = outputs + report.to_json()
     assert CANARY not in told and FOUND not in told
     assert attack.told in told, report
