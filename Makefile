@@ -20,8 +20,9 @@ test: $(VENV)/installed  ## everything: tests, every solution replayed, freshnes
 test-fast: $(VENV)/installed  ## the loop for daily work, without notebooks and classes
 	$(BIN)/ruff check . && $(BIN)/python -m pytest -q -n 2 --dist loadgroup -m "not slow" tests
 
-soak: $(VENV)/installed  ## the solution regraded 200 times, mutants and alternatives with three other seeds
+soak: $(VENV)/installed  ## the solution regraded 200 times, mutants and alternatives with other seeds, long fuzzing
 	DIFFLAB_TEST_REPEATS=200 $(BIN)/python -m pytest -q tests/lab05 -k again_and_again
+	DIFFLAB_FUZZ_EXAMPLES=5000 $(BIN)/python -m pytest -q -n 2 tests/attacks/test_fuzz.py
 	for seed in 1000 2000 3000; do DIFFLAB_TEST_SEED=$$seed $(BIN)/python -m pytest -q -n 2 tests/lab05 || exit 1; done
 
 notebooks: $(VENV)/installed  ## build and execute every notebook, and the rubric, from solutions/*.py

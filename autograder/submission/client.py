@@ -27,6 +27,7 @@ from autograder.submission.wire import (
     Unsendable,
     decode,
     encode,
+    printable,
 )
 from difflab.schedule import NoiseSchedule
 
@@ -135,7 +136,7 @@ class Submission:
             raise SubmissionDied("the submission's process answered out of turn")
         if "missing" in reply:
             raise Missing(
-                f"{str(reply['missing'])[:100]} is not defined; run the cell that defines it, "
+                f"{printable(str(reply['missing']), 100)} is not defined; run the cell that defines it, "
                 "or bring it back from the original notebook"
             )
         if "error" in reply:
@@ -143,17 +144,20 @@ class Submission:
             if not (isinstance(error, list) and len(error) == 3 and all(isinstance(part, str) for part in error)):
                 raise SubmissionDied("the submission's process answered out of turn")
             if error[0] == "Unsendable":
-                raise ContractBroken(f"{name} returned something unexpected: {error[1][:1000]}")
-            raise StudentError(error[0][:100], error[1][:1000], error[2][:200], call=name)
+                raise ContractBroken(f"{name} returned something unexpected: {printable(error[1], 1000)}")
+            kind, message, where = (printable(part, limit) for part, limit in zip(error, (100, 1000, 200)))
+            raise StudentError(kind, message, where, call=name)
         if "result" not in reply:
             raise SubmissionDied("the submission's process answered out of turn")
-        changed = reply.get("changed")
+        changed, shared = reply.get("changed", []), reply.get("shared", False)
+        if not (isinstance(changed, list) and isinstance(shared, bool)):
+            raise SubmissionDied("the submission's process answered out of turn")
         if changed:
             raise ContractBroken(
-                f"{name} changed its argument {_argument_name(changed)} in place; the caller still needs it: "
+                f"{name} changed its argument {_argument_name(changed[0])} in place; the caller still needs it: "
                 "work on a new tensor (x = x + y instead of x += y)"
             )
-        if reply.get("shared"):
+        if shared:
             raise ContractBroken(
                 f"{name} returned a list whose tensors share memory, so that one overwrites the other; "
                 "append a new tensor (or .clone()) at every step"
@@ -207,9 +211,8 @@ class _RemoteObject:
         return lambda *args, **kwargs: self._submission._call(self._handle, name, args, kwargs)
 
 
-def _argument_name(changed: Any) -> str:
-    first = changed[0] if isinstance(changed, list) and changed else "?"
-    return f"number {first + 1}" if type(first) is int else str(first)[:50]
+def _argument_name(argument: Any) -> str:
+    return f"number {argument + 1}" if type(argument) is int else printable(str(argument), 50)
 
 
 class _SocketTransport:

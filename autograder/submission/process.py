@@ -238,7 +238,7 @@ class WorkerProcess:
 
 def _read_cell(reply: Any, label: str) -> CellResult:
     """Take over a cell's reply, field by field: it comes from the submission's process."""
-    from autograder.submission.wire import Malformed
+    from autograder.submission.wire import Malformed, printable
 
     if not isinstance(reply, dict) or reply.get("cell") != label or not isinstance(reply.get("outputs"), list):
         raise Malformed("not the outputs of the cell that was run")
@@ -270,7 +270,7 @@ def _read_cell(reply: Any, label: str) -> CellResult:
     if error is not None:
         if not (isinstance(error, list) and len(error) == 3):
             raise Malformed("an error is not described properly")
-        error = (_string(error[0], 100), _string(error[1], 2000), _string(error[2], 200))
+        error = tuple(printable(_string(part, limit), limit) for part, limit in zip(error, (100, 2000, 200)))
     return CellResult(label, outputs, error)
 
 

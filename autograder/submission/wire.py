@@ -18,7 +18,17 @@ import msgpack
 import numpy as np
 import torch
 
-__all__ = ["Channel", "Figure", "Handle", "Malformed", "Reference", "ScheduleReference", "decode", "encode"]
+__all__ = [
+    "Channel",
+    "Figure",
+    "Handle",
+    "Malformed",
+    "Reference",
+    "ScheduleReference",
+    "decode",
+    "encode",
+    "printable",
+]
 
 MAX_MESSAGE = 64 * 2**20  # bytes; a trajectory of 1000 states of 16 digits is 50 MB
 MAX_DEPTH = 16
@@ -77,6 +87,11 @@ class Figure:
 
     png: bytes
     images: list[torch.Tensor]
+
+
+def printable(text: str, limit: int) -> str:
+    """At most `limit` characters, none of which moves a terminal's cursor or sets its title."""
+    return "".join(c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in text[:limit])
 
 
 # -- values ------------------------------------------------------------------------------------------------------
