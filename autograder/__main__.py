@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import os
 import sys
 from pathlib import Path
@@ -103,27 +104,20 @@ def _grade_class(arguments: argparse.Namespace) -> None:
         workers = arguments.workers
         if arguments.scheduler:
             executor, workers = stack.enter_context(course.cluster(arguments.scheduler))
-            where, open_executor = (
-                f"{workers} workers of {arguments.scheduler}",
-                lambda: contextlib.nullcontext(executor),
-            )
+            open_executor = functools.partial(contextlib.nullcontext, executor)
         else:
-            where, open_executor = f"{workers} processes", lambda: course.local_pool(workers)
-        print(f"{where}, sandbox {sandbox.level}: {sandbox.note}", file=sys.stderr)
-        bar = stack.enter_context(tqdm(unit="notebook", dynamic_ncols=True, disable=None))
-
-        def show(result: course.Result, total: int) -> None:
-            bar.total = total
+            open_executor = functools.partial(course.local_pool, workers)
+        print(f"{workers} workers, sandbox {sandbox.level}: {sandbox.note}", file=sys.stderr)
+        total = len(course.find_submissions(arguments.folder, arguments.lab))
+        bar = stack.enter_context(tqdm(total=total, unit="notebook", dynamic_ncols=True, disable=None))
+        results = []
+        for result in course.grade_class(
+            arguments.folder, arguments.lab, arguments.out, open_executor, workers, sandbox.level, limits
+        ):
+            results.append(result)
             bar.update()
             if result.problem:
                 bar.write(f"{result.student}: {result.problem}", file=sys.stderr)
-
-        results = list(
-            course.grade_class(
-                arguments.folder, arguments.lab, arguments.out, open_executor, workers, sandbox.level, limits,
-                progress=show,
-            )
-        )  # fmt: skip
     _write_class(arguments, results)
 
 
@@ -137,11 +131,7 @@ def _write_class(arguments: argparse.Namespace, results: list) -> None:
         if not arguments.no_feedback:
             with local_pool(arguments.workers) as pool:
                 names = [result.student for result in results if result.report is not None]
-                list(
-                    pool.map(write_feedback, *zip(*((arguments.folder, lab, out, name) for name in names)))
-                    if names
-                    else ()
-                )
+                list(pool.map(functools.partial(write_feedback, arguments.folder, lab, out), names))
         (out / "grades.csv").write_text(grades_csv(results), encoding="utf-8")
         page = class_page(results, f"{lab}: {len(results)} students", feedback=not arguments.no_feedback)
         (out / "report.html").write_text(page, encoding="utf-8")

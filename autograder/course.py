@@ -195,7 +195,6 @@ def grade_class(
     sandbox: str = "auto",
     limits: Limits | None = None,
     course: Path = notebooks.COURSE,
-    progress: Callable[[Result, int], None] = lambda result, total: None,
 ) -> Iterator[Result]:
     """Grade every submission that has no verdict yet; yields one result for each student, as they come.
 
@@ -204,7 +203,6 @@ def grade_class(
         out: folder of reports, see `autograder.store`.
         open_executor: called again if its processes die.
         workers: how many submissions are graded at once.
-        progress: called with every result and the number of students.
 
     Raises:
         CannotGrade: if there is nothing to grade, or no such lab.
@@ -214,10 +212,6 @@ def grade_class(
     limits, level = limits or Limits(), choose(sandbox).level
     reports = Reports(out)
     found = find_submissions(folder, lab)
-
-    def tell(result: Result) -> Result:
-        progress(result, len(found))
-        return result
 
     def waiting() -> Iterator[_Task]:
         """What has to be graded; problems and earlier verdicts go to `ready`."""
@@ -258,14 +252,14 @@ def grade_class(
                             continue
                         future = executor.submit(_grade, task.notebook, lab, level, limits, version())
                         under_way[future] = (task, attempt)
-                    yield from map(tell, ready)
+                    yield from ready
                     ready.clear()
                     if not under_way:
                         break
                     for future in wait(under_way, return_when=FIRST_COMPLETED).done:
                         result = _take(future, reports, lab, under_way[future][0])
                         del under_way[future]
-                        yield tell(result)
+                        yield result
             except BrokenProcessPool:
                 again += [(task, attempt + 1) for task, attempt in under_way.values()]
                 under_way.clear()

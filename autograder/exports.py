@@ -15,7 +15,7 @@ from autograder.course import Result
 from autograder.grading import Report
 from autograder.notebooks import CannotGrade, release_path
 
-__all__ = ["gradescope_results", "gradescope_zip", "grades_csv"]
+__all__ = ["find_handed_in", "gradescope_results", "gradescope_zip", "grades_csv", "write_gradescope_results"]
 
 FORMULA = ("=", "+", "-", "@", "\t", "\r")  # what a spreadsheet would compute instead of show
 

@@ -208,9 +208,9 @@ class WorkerProcess:
         from autograder.submission.wire import Channel, Malformed
 
         if time.monotonic() > self._deadline():
-            why = f"time: the submission's {self.limits.submission:.0f} s were used up before this check"
-            self._on_strike(why.replace("this check", "the last check"))
-            raise SubmissionTimeout(why)
+            why = f"time: the submission's {self.limits.submission:.0f} s were used up"
+            self._on_strike(f"{why} before the last check")
+            raise SubmissionTimeout(f"{why} before this check")
         ours, theirs = socket.socketpair()
         channel = Channel(ours, budget=MAX_RECEIVED)
         self._wait_until_ready()
