@@ -15,6 +15,8 @@ c.ClearSolutions.code_stub = {"python": 'raise NotImplementedError("TODO: write 
 # A cell may hold several exercises' worth of given code, so a solution region is not required in every one.
 c.ClearSolutions.enforce_metadata = False
 
+c.BaseConverter.pre_convert_hook = "autograder.nbgrader_plugin.wait_for_gradebook"
+
 c.Autograde.exporter_class = "autograder.nbgrader_plugin.SubmissionExporter"
 c.OverwriteCells.add_missing_cells = True
 c.Autograde.sanitize_preprocessors = [

@@ -122,6 +122,8 @@ def _grade_class(arguments: argparse.Namespace) -> None:
 
 
 def _write_class(arguments: argparse.Namespace, results: list) -> None:
+    from tqdm import tqdm
+
     from autograder.class_report import class_page
     from autograder.course import local_pool, write_feedback
     from autograder.exports import grades_csv
@@ -131,7 +133,9 @@ def _write_class(arguments: argparse.Namespace, results: list) -> None:
         if not arguments.no_feedback:
             with local_pool(arguments.workers) as pool:
                 names = [result.student for result in results if result.report is not None]
-                list(pool.map(functools.partial(write_feedback, arguments.folder, lab, out), names))
+                written = pool.map(functools.partial(write_feedback, arguments.folder, lab, out), names)
+                for _ in tqdm(written, total=len(names), unit="page", dynamic_ncols=True, disable=None):
+                    pass
         (out / "grades.csv").write_text(grades_csv(results), encoding="utf-8")
         page = class_page(results, f"{lab}: {len(results)} students", feedback=not arguments.no_feedback)
         (out / "report.html").write_text(page, encoding="utf-8")

@@ -18,14 +18,13 @@ from typing import Any
 import nbformat
 import psutil
 import torch
-from nbformat import NotebookNode
 
 from autograder import notebooks
 from autograder.grading import Graded, Report, grade_notebook
 from autograder.notebooks import CannotGrade
 from autograder.store import Reports, key_of, version
-from autograder.submission.process import Limits, WorkerFailed, WorkerProcess
-from autograder.submission.sandbox import Sandbox, choose
+from autograder.submission.process import Limits, WorkerFailed, Workers
+from autograder.submission.sandbox import choose
 
 __all__ = ["Result", "Stopped", "cluster", "find_submissions", "grade_class", "local_pool", "write_feedback"]
 
@@ -86,38 +85,8 @@ def _submission(student: Path, lab: str) -> Path | str:
 # -- one of them, in a process of the pool -------------------------------------------------------------------------
 
 
-class _Grader:
-    """Grades one submission after another in this process; the next worker starts while one is at work."""
-
-    def __init__(self) -> None:
-        self.lock = threading.Lock()  # pytest and redirected streams are one to a process; a cluster may use threads
-        self.spare: WorkerProcess | None = None
-
-    def grade(self, notebook: NotebookNode, lab: str, sandbox: Sandbox, limits: Limits) -> Graded:
-        """Grade it in a worker of its own."""
-        with self.lock:
-            worker = self.take(sandbox, limits)
-            self.spare = WorkerProcess(sandbox, limits)
-            with worker:
-                return grade_notebook(notebook, lab, worker)
-
-    def take(self, sandbox: Sandbox, limits: Limits) -> WorkerProcess:
-        """The worker that was started before, if it fits."""
-        spare, self.spare = self.spare, None
-        if spare is not None and (spare.sandbox, spare.limits) == (sandbox, limits):
-            return spare
-        if spare is not None:
-            spare.close()
-        return WorkerProcess(sandbox, limits)
-
-    def close(self) -> None:
-        """End the worker that waits."""
-        if self.spare is not None:
-            self.spare.close()
-            self.spare = None
-
-
-_grader = _Grader()
+_lock = threading.Lock()  # pytest and redirected streams are one to a process; a cluster may use threads
+_workers = Workers()
 
 
 def _grade(text: str, lab: str, level: str, limits: Limits, expected: str) -> dict[str, Any]:
@@ -130,7 +99,8 @@ def _grade(text: str, lab: str, level: str, limits: Limits, expected: str) -> di
             f"a worker offers the sandbox {sandbox.level}, not {level}; install bubblewrap there, or name one"
         )
     try:
-        return _grader.grade(nbformat.reads(text, as_version=4), lab, sandbox, limits).to_dict()
+        with _lock, _workers.start(sandbox, limits) as worker:
+            return grade_notebook(nbformat.reads(text, as_version=4), lab, worker).to_dict()
     except WorkerFailed as error:
         return {"failed": str(error)}
 
@@ -142,11 +112,11 @@ def _prepare_process(command: int) -> None:
     def watch() -> None:
         while psutil.pid_exists(command):
             time.sleep(0.5)
-        _grader.close()
+        _workers.close()
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
-    multiprocessing.util.Finalize(None, _grader.close, exitpriority=10)
+    multiprocessing.util.Finalize(None, _workers.close, exitpriority=10)
 
 
 # -- executors -----------------------------------------------------------------------------------------------------

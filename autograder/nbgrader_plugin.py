@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
+import functools
+import sqlite3
+import sys
 from html import escape
 from pathlib import Path
+from typing import Any
 
 import nbformat
 from nbconvert.exporters import NotebookExporter
@@ -12,14 +17,15 @@ from nbconvert.exporters.exporter import ResourcesDict
 from nbformat import NotebookNode
 from nbgrader.preprocessors import GetGrades, NbGraderPreprocessor
 from traitlets import Enum, Float, Unicode
+from traitlets.config import Application
 
 from autograder import notebooks
 from autograder.grading import grade_notebook
 from autograder.store import Reports, key_of
-from autograder.submission.process import Limits, WorkerProcess
+from autograder.submission.process import Limits, Workers
 from autograder.submission.sandbox import LEVELS, choose
 
-__all__ = ["FeedbackGrades", "NotebookHygiene", "SubmissionExporter", "TrustedGrading"]
+__all__ = ["FeedbackGrades", "NotebookHygiene", "SubmissionExporter", "TrustedGrading", "wait_for_gradebook"]
 
 
 class SubmissionExporter(NotebookExporter):
@@ -83,7 +89,7 @@ class TrustedGrading(NbGraderPreprocessor):
         key = key_of(nb, lab, sandbox.level, limits)
         graded = reports.find(key, lab, student) if reports else None
         if graded is None:
-            with WorkerProcess(sandbox, limits) as worker:
+            with _workers().start(sandbox, limits) as worker:
                 graded = grade_notebook(nb, lab, worker)
             if reports:
                 reports.keep(key, graded)
@@ -91,6 +97,39 @@ class TrustedGrading(NbGraderPreprocessor):
         for note in graded.report.notes:
             self.log.warning("%s", note)
         return graded.apply(nb), resources
+
+
+@functools.cache
+def _workers() -> Workers:
+    """For all submissions of one run of nbgrader."""
+    workers = Workers()
+    atexit.register(workers.close)
+    return workers
+
+
+def wait_for_gradebook(**_: Any) -> None:
+    """Before each submission: wait while another program writes the gradebook, and stop with one line if it stays so.
+
+    nbgrader itself would show a traceback and advise to upgrade the database.
+    """
+    wait_until_free(Application.instance().coursedir.db_url, seconds=60)
+
+
+def wait_until_free(url: str, seconds: float) -> None:
+    path = url.removeprefix("sqlite:///")
+    if path == url or not Path(path).exists():
+        return  # another kind of database, or none yet
+    for patience, problem in ((0, "waiting for it"), (seconds, "")):
+        try:
+            with contextlib.closing(sqlite3.connect(path, timeout=patience, isolation_level=None)) as gradebook:
+                gradebook.execute("BEGIN IMMEDIATE")
+                return
+        except sqlite3.OperationalError as error:
+            what = f"the gradebook {path} cannot be written ({error})"
+            if problem:
+                print(f"{what}: {problem}", file=sys.stderr)
+            else:
+                sys.exit(f"{what}: close what has it open and run this again; the verdicts so far are kept")
 
 
 class FeedbackGrades(GetGrades):

@@ -2,6 +2,7 @@
 
     python benchmarks/course.py [--students 24] [--workers 2]          the comparison
     python benchmarks/course.py --growth 100 [--students 500]          time and memory after every hundred
+    python benchmarks/course.py --scale [--students 24]                each step's cost, and larger classes and machines
 
 Stock nbgrader runs each notebook in a kernel, one after the other, and the same checks in that kernel; demo cells are
 left out for both. No submission of the class ends in a time limit, and no two are alike.
@@ -25,9 +26,12 @@ from pathlib import Path
 import nbformat
 import psutil
 
+from autograder import course
+from autograder.course import AHEAD
 from autograder.demo import CLASS, LAB, hand_in, nbgrader, set_up
 from autograder.notebooks import is_demo
 
+CLASSES = (500, 10_000, 100_000)
 STOCK = """
 c = get_config()
 c.CourseDirectory.source_directory = "solutions"
@@ -87,17 +91,11 @@ def timed(run) -> tuple[float, float]:
 
 def grade_class(folder: Path, workers: int) -> None:
     """The command, as an instructor gives it, but no pages for students: stock autograding makes none either."""
-    command = [
-        "grade-class",
-        str(folder / "submitted"),
-        "--lab",
-        LAB,
-        "--out",
-        str(folder / "reports"),
-        "--no-feedback",
-    ]
-    subprocess.run([sys.executable, "-m", "autograder", *command, "--workers", str(workers)], check=True,
-                   stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)  # fmt: skip
+    command = ["grade-class", str(folder / "submitted"), "--lab", LAB, "--out", str(folder / "reports")]
+    subprocess.run(
+        [sys.executable, "-m", "autograder", *command, "--no-feedback", "--workers", str(workers)],
+        check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
 
 
 def compare(students: int, workers: int) -> None:
@@ -153,14 +151,58 @@ def grow(students: int, step: int, workers: int) -> None:
     print(f"{count} of {students} have a verdict; peak memory {peak.highest:.0f} MB")
 
 
+def scale(students: int, workers: int) -> None:
+    """Print what each step costs for one submission, and the sums for larger classes."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name, "course")
+        make_class(folder, students)
+        submitted, reports = folder / "submitted", folder / "reports"
+        start, used = time.perf_counter(), os.times()
+        arrived = []
+        for _ in course.grade_class(submitted, LAB, reports, lambda: course.local_pool(workers), workers):
+            arrived.append(time.perf_counter() - start)
+        now = os.times()
+        first = AHEAD * workers  # by then every process has started
+        grading = (arrived[-1] - arrived[first - 1]) / (students - first) * workers
+        writing = (now.user + now.system - used.user - used.system) / students
+        size = sum(path.stat().st_size for path in reports.rglob("*") if path.is_file()) / students
+        names = sorted(os.listdir(submitted))
+        page = timed(lambda: [course.write_feedback(submitted, LAB, reports, n) for n in names])[0] / students
+        book = timed(lambda: nbgrader(folder, "autograde", LAB))[0] / students
+    print(f"One submission of {LAB}, measured with {workers} workers on {os.cpu_count()} cores:")
+    print(f"  graded                           {grading:7.2f} s of a worker")
+    print(f"  its page for the student         {page:7.2f} s of a worker")
+    print(f"  read, cleaned, stored            {writing * 1e3:7.0f} ms of the one process that writes the store")
+    print(f"  into nbgrader's gradebook        {book:7.2f} s of the one process that writes it")
+    print(f"  kept on disk                     {size / 1e3:7.0f} kB")
+    print(f"\n{'graded, pages included':<34}" + "".join(f"{n:>12,}" for n in CLASSES))
+    for name, count in {f"{workers} cores, as here": workers, "64 cores": 64, "200 workers of a cluster": 200}.items():
+        each = max((grading + page) / count, writing)
+        print(f"{name:<34}" + "".join(f"{_duration(each * n):>12}" for n in CLASSES))
+    print(f"{'the store alone (one process)':<34}" + "".join(f"{_duration(writing * n):>12}" for n in CLASSES))
+    print(f"{'the gradebook (one process)':<34}" + "".join(f"{_duration(book * n):>12}" for n in CLASSES))
+    print(f"{'disk':<34}" + "".join(f"{size * n / 1e9:>9.1f} GB" for n in CLASSES))
+    print(f"The store keeps up with {(grading + page) / writing:.0f} workers of this speed.")
+
+
+def _duration(seconds: float) -> str:
+    for limit, unit, length in ((120, "s", 1), (7200, "min", 60), (2 * 86400, "h", 3600)):
+        if seconds < limit:
+            return f"{seconds / length:.0f} {unit}"
+    return f"{seconds / 86400:.1f} days"
+
+
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--students", type=int, default=24)
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--growth", type=int, default=0, metavar="STEP")
+    parser.add_argument("--scale", action="store_true")
     arguments = parser.parse_args()
-    if arguments.growth:
+    if arguments.scale:
+        scale(arguments.students, arguments.workers)
+    elif arguments.growth:
         grow(arguments.students, arguments.growth, arguments.workers)
     else:
         compare(arguments.students, arguments.workers)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import re
 import shutil
+import sqlite3
 from pathlib import Path
 
 import nbformat
@@ -13,6 +15,7 @@ import pytest
 from autograder.demo import CLASS, nbgrader
 from autograder.demo import main as demo
 from autograder.grading import grade
+from autograder.nbgrader_plugin import wait_until_free
 from autograder.notebooks import grade_id, is_graded
 
 LAB = "lab05_sampling"
@@ -108,3 +111,16 @@ def test_validate_names_what_fails(student, solution, tmp_path):
     nbformat.write(notebook, target)
     run = nbgrader(tmp_path, "validate", str(target))
     assert "Success" in run.stdout, run.stdout + run.stderr
+
+
+def test_a_locked_gradebook_is_said_in_one_line(tmp_path, capsys):
+    url = f"sqlite:///{tmp_path / 'gradebook.db'}"
+    with contextlib.closing(sqlite3.connect(tmp_path / "gradebook.db", isolation_level=None)) as other:
+        other.execute("CREATE TABLE grade (score)")
+        wait_until_free(url, seconds=0.1)
+        other.execute("BEGIN IMMEDIATE")
+        with pytest.raises(SystemExit, match=r"gradebook.db cannot be written \(database is locked\): close what has"):
+            wait_until_free(url, seconds=0.1)
+    assert "waiting for it" in capsys.readouterr().err
+    wait_until_free(url, seconds=0.1)
+    wait_until_free("postgresql://elsewhere/gradebook", seconds=0.1)

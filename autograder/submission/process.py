@@ -21,12 +21,13 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from autograder.submission.sandbox import Sandbox
-from autograder.submission.watchdog import Watchdog, count_threads, end_all, members
+from autograder.submission.watchdog import Watchdog, count_threads, end_all, family, members_of_user
 
 if TYPE_CHECKING:
     from autograder.submission.client import Submission
+    from autograder.submission.forkserver import ForkServer
 
-__all__ = ["CellResult", "Limits", "WorkerFailed", "WorkerProcess"]
+__all__ = ["CellResult", "Limits", "WorkerFailed", "WorkerProcess", "Workers"]
 
 MAX_FATAL_CELLS = 3
 MAX_RECEIVED = 256 * 2**20  # bytes one check may be sent; a check of the labs is sent ten million
@@ -64,8 +65,8 @@ class CellResult:
 class WorkerProcess:
     """A worker that has run a notebook. Use as a context manager; leaving it kills everything it started."""
 
-    def __init__(self, sandbox: Sandbox, limits: Limits):
-        self.sandbox, self.limits = sandbox, limits
+    def __init__(self, sandbox: Sandbox, limits: Limits, server: ForkServer | None = None):
+        self.sandbox, self.limits, self._server = sandbox, limits, server
         self.struck: list[str] = []  # limits that struck, each in one line
         self._end: float | None = None  # of the submission's time, on the monotonic clock
         self._start()
@@ -78,23 +79,29 @@ class WorkerProcess:
         self._folder = tempfile.mkdtemp(prefix="submission-")
         if user is not None:
             os.chown(self._folder, user, user)
-        processes = self.limits.processes + (count_threads() if user is None else 0)
-        limits = [str(self.limits.memory), str(processes)]
-        command = [sys.executable, "-I", "-m", "autograder.submission.worker", str(theirs.fileno()), *limits]
-        self._process = process = subprocess.Popen(
-            self.sandbox.command(command, user),
-            env=self.sandbox.environment(self._folder),
-            cwd=self._folder,
-            pass_fds=[theirs.fileno()],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            start_new_session=True,
-        )
+        memory, processes = self.limits.memory, self.limits.processes + (count_threads() if user is None else 0)
+        self._socket, self._stderr, self._process = ours, bytearray(), None
+        if self._server is not None:
+            find = (lambda: members_of_user(user)) if user is not None else self._server.members
+            with contextlib.suppress(OSError, TimeoutError):  # that it is gone is seen when the worker is waited for
+                self._server.fork(theirs, user, memory, processes)
+        else:
+            command = [sys.executable, "-I", "-m", "autograder.submission.worker", str(theirs.fileno())]
+            self._process = process = subprocess.Popen(
+                self.sandbox.command([*command, str(memory), str(processes)], user),
+                env=self.sandbox.environment(self._folder),
+                cwd=self._folder,
+                pass_fds=[theirs.fileno()],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.PIPE,
+                start_new_session=True,
+            )
+            find = (lambda: members_of_user(user)) if user is not None else (lambda: family(process))
+            threading.Thread(target=self._drain_stderr, args=(process.stderr, self._stderr), daemon=True).start()
         theirs.close()
-        self._socket, self._stderr = ours, bytearray()
-        threading.Thread(target=self._drain_stderr, args=(self._process.stderr, self._stderr), daemon=True).start()
-        self._watchdog = Watchdog(lambda: members(process, user), self.limits.memory, self._on_strike)
+        self._find_members = find
+        self._watchdog = Watchdog(find, self.limits.memory, self._on_strike)
         self._watchdog.start()
         self._ready = False
 
@@ -116,19 +123,21 @@ class WorkerProcess:
 
         self._control = Channel(self._socket)
         try:
-            self._control.receive(time.monotonic() + self.limits.start)
+            reason = self._control.receive(time.monotonic() + self.limits.start).get("failed")
         except (EOFError, TimeoutError, Malformed, OSError):
-            lines = self._stderr.decode(errors="replace").strip().splitlines()
-            raise WorkerFailed(
-                f"the worker did not start ({self.sandbox.level}): {lines[-1] if lines else 'no reason given'}"
-            ) from None
+            reason = self._stderr.decode(errors="replace").strip().split("\n")[-1] or "no reason given"
+        if reason is not None:
+            raise WorkerFailed(f"the worker did not start ({self.sandbox.level}): {reason}")
         self._ready = True
 
     def close(self) -> None:
         """Kill the worker, its children and whatever they started."""
         self._socket.close()
         self._watchdog.stop()
-        end_all(self._process, self._user, self._folder if self.sandbox.level == "none" else None)
+        end_all(self._find_members, self._user, self._folder if self.sandbox.level == "none" else None)
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
         shutil.rmtree(self._folder, ignore_errors=True)
 
     def __enter__(self) -> WorkerProcess:
@@ -234,6 +243,46 @@ class WorkerProcess:
             channel.close()
             with contextlib.suppress(EOFError, OSError, TimeoutError, Malformed):
                 self._control.send({"do": "end", "pid": pid}, time.monotonic() + 10)
+
+
+class Workers:
+    """Starts workers for one submission after another, forked from one server where that works.
+
+    Use as a context manager; leaving it ends the server.
+    """
+
+    def __init__(self) -> None:
+        self._server: ForkServer | None = None
+        self._without: set[Sandbox] = set()  # where no server works
+
+    def start(self, sandbox: Sandbox, limits: Limits) -> WorkerProcess:
+        """A fresh worker."""
+        return WorkerProcess(sandbox, limits, self._server_for(sandbox))
+
+    def _server_for(self, sandbox: Sandbox) -> ForkServer | None:
+        if sandbox.level != "bwrap" or sandbox in self._without:
+            return None
+        from autograder.submission.forkserver import ForkServer
+
+        if self._server is None or self._server.sandbox != sandbox or not self._server.works():
+            self.close()
+            self._server = ForkServer(sandbox)
+            if not self._server.works():
+                self._without.add(sandbox)
+                self.close()
+        return self._server
+
+    def close(self) -> None:
+        """End the server."""
+        if self._server is not None:
+            self._server.close()
+            self._server = None
+
+    def __enter__(self) -> Workers:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
 
 def _read_cell(reply: Any, label: str) -> CellResult:

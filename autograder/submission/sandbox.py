@@ -27,8 +27,10 @@ import difflab
 __all__ = ["LEVELS", "Sandbox", "choose"]
 
 LEVELS = ("auto", "bwrap", "uid", "none")
-_HOME = "/home/student"  # inside bubblewrap
-_TMPFS = 256 * 2**20  # bytes that may be written in each of the folders that can be written
+HOME = "/home/student"  # inside bubblewrap
+WRITABLE_SIZE = 256 * 2**20  # bytes, of each of the folders that can be written
+_TO_CHANGE_USER = ("CAP_SETUID", "CAP_SETGID", "CAP_SETPCAP")
+_TO_FORK = (*_TO_CHANGE_USER, "CAP_SYS_ADMIN")
 # What a Python with torch needs of a system besides its environment; torch asks the last two what the processor can do.
 _SYSTEM = (
     "/usr", "/bin", "/sbin", "/lib", "/lib32", "/lib64", "/libx32", "/nix/store",
@@ -50,18 +52,24 @@ class Sandbox:
             return None
         return 2**30 + secrets.randbelow(2**30)
 
-    def command(self, arguments: list[str], user: int | None) -> list[str]:
-        """The command line that runs `arguments` inside, as `user` if there is one."""
+    def command(self, arguments: list[str], user: int | None = None, forks: bool = False) -> list[str]:
+        """The command line that runs `arguments` inside.
+
+        Args:
+            arguments: a command.
+            user: as whom; None for the grader's own user.
+            forks: whether the command is the fork server, which as root needs the rights to make namespaces and users.
+        """
         if user is not None:
             arguments = ["setpriv", f"--reuid={user}", f"--regid={user}", "--clear-groups", "--no-new-privs",
                          "--inh-caps=-all", "--bounding-set=-all", *arguments]  # fmt: skip
-        return _bwrap(arguments, user is not None) if self.level == "bwrap" else arguments
+        return _bwrap(arguments, forks) if self.level == "bwrap" else arguments
 
     def environment(self, folder: str) -> dict[str, str]:
         """A clean environment: nothing of the grader's own, no network proxies, no tokens."""
         return {
             "PATH": f"{Path(sys.executable).parent}:/usr/bin:/bin",
-            "HOME": _HOME if self.level == "bwrap" else folder,
+            "HOME": HOME if self.level == "bwrap" else folder,
             "USER": "student",
             "LANG": "C.UTF-8",
             "MPLBACKEND": "agg",
@@ -132,9 +140,9 @@ def _probe(sandbox: Sandbox) -> str | None:
     return (run.stderr.strip().splitlines() or [f"exit status {run.returncode}"])[-1][:200]
 
 
-def _bwrap(arguments: list[str], as_root: bool) -> list[str]:
+def _bwrap(arguments: list[str], forks: bool) -> list[str]:
     command = ["bwrap"]
-    for folder in ("/tmp", "/var/tmp", _HOME):
+    for folder in ("/tmp", "/var/tmp", HOME):
         command += [*_limited_size(), "--perms", "1777", "--tmpfs", folder]
     for path in map(Path, _SYSTEM):
         if path.is_symlink() and path.parent == Path("/"):
@@ -148,12 +156,15 @@ def _bwrap(arguments: list[str], as_root: bool) -> list[str]:
     for folder in hidden:  # a course in /usr/src, say
         command += ["--tmpfs", str(folder), *_read_only([p for p in visible if p.is_relative_to(folder)])]
     command += ["--proc", "/proc", "--dev", "/dev", *_limited_size(), "--perms", "1777", "--tmpfs", "/dev/shm"]
-    command += ["--remount-ro", "/dev", "--remount-ro", "/", "--chdir", _HOME, "--die-with-parent", "--new-session"]
+    command += ["--remount-ro", "/dev", "--remount-ro", "/", "--chdir", HOME, "--die-with-parent", "--new-session"]
     # As root without a user namespace, so that the submission can be another user than the files' owner.
-    if as_root:
+    if os.getuid() == 0:
         command += ["--unshare-pid", "--unshare-net", "--unshare-ipc", "--unshare-uts", "--unshare-cgroup-try"]
     else:
-        command += ["--unshare-all", "--cap-drop", "ALL"]
+        command += ["--unshare-all"]
+    command += ["--cap-drop", "ALL"]
+    needed = _TO_FORK if forks else _TO_CHANGE_USER
+    command += [option for right in needed if os.getuid() == 0 for option in ("--cap-add", right)]
     return [*command, "--", *arguments]
 
 
@@ -192,4 +203,4 @@ def _visible(root: Path, here: Path) -> list[Path]:
 def _limited_size() -> tuple[str, ...]:
     """The option that limits what a folder in memory may hold: bubblewrap has it since 0.7."""
     known = subprocess.run(["bwrap", "--help"], capture_output=True, text=True).stdout
-    return ("--size", str(_TMPFS)) if "--size" in known else ()
+    return ("--size", str(WRITABLE_SIZE)) if "--size" in known else ()

@@ -13,16 +13,19 @@ from pathlib import Path
 
 import psutil
 
-__all__ = ["Watchdog", "count_threads", "end_all", "members"]
+__all__ = ["Watchdog", "count_threads", "end_all", "family", "members_of_user"]
 
 _PERIOD = 0.25  # seconds between two looks
 _SHARED_FOLDERS = ("/tmp", "/var/tmp", "/dev/shm")
 
 
-def members(process: subprocess.Popen, user: int | None) -> list[psutil.Process]:
-    """The processes of a submission: all of its user's, if it has its own, else `process` and its descendants."""
-    if user is not None:
-        return [p for p in psutil.process_iter() if _user_of(p) == user]
+def members_of_user(user: int) -> list[psutil.Process]:
+    """The processes of a submission that has a user of its own."""
+    return [p for p in psutil.process_iter() if _user_of(p) == user]
+
+
+def family(process: subprocess.Popen) -> list[psutil.Process]:
+    """A process and its descendants."""
     try:
         root = psutil.Process(process.pid)
         return [root, *root.children(recursive=True)]
@@ -78,18 +81,20 @@ def _private_memory(process: psutil.Process) -> int:
     return memory.rss - getattr(memory, "shared", 0)
 
 
-def end_all(process: subprocess.Popen, user: int | None, home: str | None, seconds: float = 5.0) -> None:
+def end_all(
+    find_members: Callable[[], list[psutil.Process]], user: int | None, home: str | None, seconds: float = 5.0
+) -> None:
     """Kill every process of a submission, wait until they are gone, and remove what its user left in shared folders.
 
     Args:
-        process: the worker, or the sandbox around it.
+        find_members: gives the processes it has now.
         user: the submission's own user, if it has one.
         home: the HOME that no other submission has, by which processes that left the tree are known; None if they
             cannot leave.
     """
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
-        alive = [p for p in members(process, user) + ([] if home is None else _strays(home)) if _runs(p)]
+        alive = [p for p in find_members() + ([] if home is None else _strays(home)) if _runs(p)]
         if not alive:
             break
         if user is not None:
@@ -100,8 +105,6 @@ def end_all(process: subprocess.Popen, user: int | None, home: str | None, secon
         pause = time.monotonic() + 0.5
         while any(map(_runs, alive)) and time.monotonic() < pause:
             time.sleep(0.005)
-    process.kill()
-    process.wait()
     if user is not None:
         _remove_files_of(user)
 

@@ -1,7 +1,8 @@
 """The worker: runs a notebook's cells, then answers each check from a forked copy of the state they left.
 
-Started by `autograder.submission.process` as `python -m autograder.submission.worker FD`, usually in a sandbox.
-Messages on the control socket, one after another:
+Started afresh as `python -m autograder.submission.worker FD MEMORY PROCESSES`, or forked by
+`autograder.submission.forkserver`; in a sandbox, if the machine has one. Messages on the control socket, one after
+another:
 
     {"do": "run", "label": ..., "source": ..., "seconds": ...}     run one cell; the reply holds its outputs
     {"do": "fork"} and a socket     a child that serves `Server` requests on that socket; reply {"pid": ...}
@@ -33,12 +34,19 @@ def main() -> None:
     descriptor, memory, processes = map(int, sys.argv[1:])
     control_socket = socket.socket(fileno=descriptor)
     control_socket.set_inheritable(False)
-    _limit(memory, processes)
+    end_with_parent()
+    limit(memory, processes)
+    pin_threads()
+    serve(control_socket)
 
+
+def serve(control_socket: socket.socket) -> None:
+    """Do what the grader asks on `control_socket`, until it closes."""
     import torch
     from IPython.core.interactiveshell import InteractiveShell
 
     from autograder.submission.server import Server
+    from autograder.submission.wire import Channel
 
     class Shell(InteractiveShell):
         """A shell without a window or a person: `%matplotlib inline` and `exit()` are no reason to stop a cell."""
@@ -49,9 +57,6 @@ def main() -> None:
         def ask_exit(self):
             pass
 
-    from autograder.submission.wire import Channel
-
-    _pin_threads(torch)
     control = Channel(control_socket)
     control.send({"ready": True})
     shell = Shell.instance(colors="nocolor")
@@ -70,7 +75,7 @@ def main() -> None:
             pid = os.fork()
             if pid == 0:
                 os.setsid()
-                _end_with_parent()
+                end_with_parent()
                 control_socket.close()
                 torch.set_num_threads(1)
                 try:
@@ -87,7 +92,7 @@ def main() -> None:
             os.waitpid(request["pid"], 0)
 
 
-def _limit(memory: int, processes: int) -> None:
+def limit(memory: int, processes: int) -> None:
     """What the kernel holds each process to. That all of them together keep within `memory` is the watchdog's part."""
     limits = {
         resource.RLIMIT_CORE: 0,
@@ -102,17 +107,18 @@ def _limit(memory: int, processes: int) -> None:
         resource.setrlimit(kind, (value, value))
     with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w") as file:
         file.write("1000")  # should the machine run out of memory all the same, this goes first
-    _end_with_parent()
 
 
-def _end_with_parent() -> None:
+def end_with_parent() -> None:
     """Linux ends this process when the one that started it is gone: a grader that is killed leaves no one behind."""
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
 
-def _pin_threads(torch: Any) -> None:
+def pin_threads() -> None:
     """One thread, for good: a notebook that asks for four would hang the children forked from it."""
+    import torch
+
     torch.set_num_threads(1)
     torch.set_num_interop_threads(1)
     really_set = torch.set_num_threads

@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import socket
 import sqlite3
 import tempfile
@@ -20,7 +21,7 @@ import pytest
 from autograder.checks.runner import run_checks
 from autograder.grading import grade_notebook
 from autograder.notebooks import read_notebook, sanitise, to_run
-from autograder.submission.process import Limits, WorkerProcess
+from autograder.submission.process import Limits, WorkerProcess, Workers
 from autograder.submission.sandbox import LEVELS, Sandbox, choose
 from tests.attacks.attacks import ATTACKS
 
@@ -123,8 +124,10 @@ class Traces:
 
 
 @pytest.fixture
-def traces(level, neighbours, tmp_path, monkeypatch) -> Iterator[Traces]:
+def traces(level, neighbours, workers, tmp_path, monkeypatch) -> Iterator[Traces]:
     neighbours(level)  # and tmp_path: what is not to be counted comes first
+    if level in HERE:
+        workers.start(choose(level), LIMITS).close()
     with tempfile.TemporaryDirectory(prefix="difflab-homes-") as home:
         os.chmod(home, 0o755)
         users: list[int] = []
@@ -172,9 +175,18 @@ def _hold_honest(worker: WorkerProcess) -> None:
     assert {r.name: r.status for r in results} == dict.fromkeys(HONEST_CHECKS, "passed"), results
 
 
+@pytest.fixture(scope="module")
+def workers() -> Iterator[Workers]:
+    """One source of workers for all the attacks: where it forks them, none may reach the next."""
+    with Workers() as workers:
+        yield workers
+
+
 @pytest.mark.parametrize("name", ATTACKS)
 @pytest.mark.parametrize("level", LEVELS[1:])
-def test_attack_gains_nothing(level, name, klass, neighbours, traces, solution, student, course, tmp_path, monkeypatch):
+def test_attack_gains_nothing(
+    level, name, klass, neighbours, workers, traces, solution, student, course, tmp_path, monkeypatch
+):
     attack = ATTACKS[name]
     if level not in attack.levels:
         pytest.skip(f"not promised at level {level}")
@@ -195,7 +207,7 @@ def test_attack_gains_nothing(level, name, klass, neighbours, traces, solution, 
     watched = (course, klass.folder)
     before = _fingerprint(*watched)
 
-    with WorkerProcess(choose(level), LIMITS) as worker:
+    with workers.start(choose(level), LIMITS) as worker:
         graded = grade_notebook(sanitise(read_notebook(path), student(LAB)), LAB, worker)
     report = graded.report
 
@@ -205,7 +217,7 @@ def test_attack_gains_nothing(level, name, klass, neighbours, traces, solution, 
     outputs = json.dumps(graded.outputs, ensure_ascii=False)
     told = outputs + report.to_json()
     assert CANARY not in told and FOUND not in told
-    assert attack.told in told, report
+    assert re.search(attack.told, told), report
     assert len(told) < 10 * 2**20 and "\\u001b" not in report.to_json(), "nothing that steers a terminal"
     assert _fingerprint(*watched) == before
     assert klass.connections() == 0
