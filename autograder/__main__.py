@@ -14,7 +14,7 @@ from autograder.submission.process import Limits, WorkerFailed, WorkerProcess
 from autograder.submission.sandbox import LEVELS, choose
 
 if TYPE_CHECKING:
-    from autograder.grading import Report
+    from autograder.report import Report
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -106,7 +106,7 @@ def _grade_class(arguments: argparse.Namespace) -> None:
             executor, workers = stack.enter_context(course.cluster(arguments.scheduler))
             open_executor = functools.partial(contextlib.nullcontext, executor)
         else:
-            open_executor = functools.partial(course.local_pool, workers)
+            open_executor = functools.partial(course.local_pool, workers, sandbox)
         print(f"{workers} workers, sandbox {sandbox.level}: {sandbox.note}", file=sys.stderr)
         total = len(course.find_submissions(arguments.folder, arguments.lab))
         bar = stack.enter_context(tqdm(total=total, unit="notebook", dynamic_ncols=True, disable=None))

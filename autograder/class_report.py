@@ -11,8 +11,8 @@ from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader
 
-from autograder.checks.runner import CheckResult
 from autograder.course import Result
+from autograder.report import CheckResult
 
 __all__ = ["class_page"]
 

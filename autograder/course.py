@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import multiprocessing
-import multiprocessing.util
 import os
 import threading
 import time
@@ -12,19 +11,20 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
+from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
 
 import nbformat
 import psutil
-import torch
 
 from autograder import notebooks
-from autograder.grading import Graded, Report, grade_notebook
 from autograder.notebooks import CannotGrade
+from autograder.report import Graded, Report
 from autograder.store import Reports, key_of, version
-from autograder.submission.process import Limits, WorkerFailed, Workers
-from autograder.submission.sandbox import choose
+from autograder.submission.forkserver import ForkServer, ServerGone
+from autograder.submission.process import Limits, WorkerFailed, Workers, start_server
+from autograder.submission.sandbox import Sandbox, choose
 
 __all__ = ["Result", "Stopped", "cluster", "find_submissions", "grade_class", "local_pool", "write_feedback"]
 
@@ -86,7 +86,7 @@ def _submission(student: Path, lab: str) -> Path | str:
 
 
 _lock = threading.Lock()  # pytest and redirected streams are one to a process; a cluster may use threads
-_workers = Workers()
+_workers = Workers()  # of this process; the local pool's processes share a server
 
 
 def _grade(text: str, lab: str, level: str, limits: Limits, expected: str) -> dict[str, Any]:
@@ -99,36 +99,49 @@ def _grade(text: str, lab: str, level: str, limits: Limits, expected: str) -> di
             f"a worker offers the sandbox {sandbox.level}, not {level}; install bubblewrap there, or name one"
         )
     try:
+        from autograder.grading import grade_notebook
+
         with _lock, _workers.start(sandbox, limits) as worker:
             return grade_notebook(nbformat.reads(text, as_version=4), lab, worker).to_dict()
     except WorkerFailed as error:
         return {"failed": str(error)}
+    except ServerGone as error:
+        raise BrokenProcessPool(str(error)) from None
 
 
-def _prepare_process(command: int) -> None:
+def _prepare_process(command: int, sandbox: Sandbox | None, server: ForkServer | None) -> None:
     """In every process of the local pool: end with the command that started it, however that ends."""
+    global _workers
+    import torch
+
     torch.set_num_threads(1)  # as many submissions as cores are at work already
+    if sandbox is not None:
+        _workers = Workers(sandbox, server)
 
     def watch() -> None:
         while psutil.pid_exists(command):
             time.sleep(0.5)
-        _workers.close()
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
-    multiprocessing.util.Finalize(None, _workers.close, exitpriority=10)
 
 
 # -- executors -----------------------------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
-def local_pool(workers: int) -> Iterator[Executor]:
-    """Processes on this machine; what they share is imported once."""
+def local_pool(workers: int, sandbox: Sandbox | None = None) -> Iterator[Executor]:
+    """Processes on this machine, which share what they import and, for grading in `sandbox`, the workers' server."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["autograder.course"])
-    with ProcessPoolExecutor(workers, context, _prepare_process, (os.getpid(),)) as pool:
-        yield pool
+    context.set_forkserver_preload(["autograder.grading"])
+    forkserver.ensure_running()  # both import torch, side by side
+    server = None if sandbox is None else start_server(sandbox)
+    try:
+        with ProcessPoolExecutor(workers, context, _prepare_process, (os.getpid(), sandbox, server)) as pool:
+            yield pool
+    finally:
+        if server is not None:
+            server.close()
 
 
 @contextlib.contextmanager

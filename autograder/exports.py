@@ -12,8 +12,8 @@ from typing import Any
 
 from autograder import notebooks
 from autograder.course import Result
-from autograder.grading import Report
 from autograder.notebooks import CannotGrade, release_path
+from autograder.report import Report
 
 __all__ = ["find_handed_in", "gradescope_results", "gradescope_zip", "grades_csv", "write_gradescope_results"]
 

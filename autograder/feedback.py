@@ -11,7 +11,7 @@ from nbformat import NotebookNode
 from traitlets.config import Config
 
 from autograder import notebooks
-from autograder.grading import Graded
+from autograder.report import Graded
 
 __all__ = ["FeedbackExporter", "feedback_page"]
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -11,66 +9,13 @@ import nbformat
 from nbformat import NotebookNode
 
 from autograder import notebooks
-from autograder.checks.runner import CheckResult, run_checks
+from autograder.checks.runner import run_checks
 from autograder.notebooks import CannotGrade
+from autograder.report import CheckResult, Graded, Report
 from autograder.submission.process import CellResult, Limits, WorkerProcess
 from autograder.submission.sandbox import choose
 
-__all__ = ["Graded", "Report", "grade", "grade_notebook"]
-
-
-@dataclass
-class Report:
-    """The verdict on one submission: `score` of `max_score` automatic points; `manual_points` wait for a person."""
-
-    lab: str
-    score: float
-    max_score: float
-    manual_points: float
-    checks: list[CheckResult]
-    sandbox: str
-    device: str
-    notes: list[str] = field(default_factory=list)  # cells that failed, limits that struck
-
-    def to_json(self) -> str:
-        """The report as a JSON object."""
-        return json.dumps(asdict(self), indent=2, ensure_ascii=False)
-
-    @classmethod
-    def from_json(cls, text: str) -> Report:
-        """Read what `to_json` wrote."""
-        return cls.from_dict(json.loads(text))
-
-    @classmethod
-    def from_dict(cls, fields: dict[str, Any]) -> Report:
-        """Read what `dataclasses.asdict` made."""
-        return cls(**{**fields, "checks": [CheckResult(**check) for check in fields["checks"]]})
-
-
-@dataclass
-class Graded:
-    """A report, and what the cells printed when they were run for it."""
-
-    report: Report
-    outputs: list[list[dict[str, Any]] | None]  # of every cell; None for those that were not run
-    is_repeatable: bool  # False if a limit of time or the grader itself had a part in it
-
-    def apply(self, notebook: NotebookNode) -> NotebookNode:
-        """A copy of the notebook that was graded, with these outputs, and each graded cell's verdict."""
-        notebook = nbformat.from_dict(notebook)
-        for cell, outputs in zip(notebook.cells, self.outputs, strict=True):
-            if outputs is not None:
-                cell["outputs"] = [nbformat.from_dict(output) for output in outputs]
-        return notebook
-
-    def to_dict(self) -> dict[str, Any]:
-        """As JSON can say it."""
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, fields: dict[str, Any]) -> Graded:
-        """Read what `to_dict` wrote."""
-        return cls(**{**fields, "report": Report.from_dict(fields["report"])})
+__all__ = ["grade", "grade_notebook"]
 
 
 def grade(

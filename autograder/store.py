@@ -14,18 +14,18 @@ import json
 import os
 import platform
 import tempfile
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import torch
 from nbformat import NotebookNode
 
 import autograder
 import difflab
 from autograder import notebooks
-from autograder.grading import Graded
+from autograder.report import Graded
 from autograder.submission.process import Limits
-from difflab.checkpoints import data_path
+from difflab.paths import data_path
 
 __all__ = ["Reports", "key_of", "version"]
 
@@ -33,7 +33,7 @@ __all__ = ["Reports", "key_of", "version"]
 @functools.cache
 def version() -> str:
     """A digest of all that can change a verdict besides the submission: checks, grader, kit, data, torch, Python."""
-    digest = hashlib.sha256(f"{torch.__version__} {platform.python_version()}".encode())
+    digest = hashlib.sha256(f"{metadata.version('torch')} {platform.python_version()}".encode())
     packages = [Path(module.__file__).parent for module in (autograder, difflab)]
     files = [path for folder in packages for path in sorted(folder.rglob("*.py"))]
     files += sorted(path for path in data_path("README.md").parent.iterdir() if path.suffix in (".npz", ".safetensors"))

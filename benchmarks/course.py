@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import csv
+import functools
 import os
 import shutil
 import subprocess
@@ -30,6 +31,7 @@ from autograder import course
 from autograder.course import AHEAD
 from autograder.demo import CLASS, LAB, hand_in, nbgrader, set_up
 from autograder.notebooks import is_demo
+from autograder.submission.sandbox import choose
 
 CLASSES = (500, 10_000, 100_000)
 STOCK = """
@@ -159,7 +161,8 @@ def scale(students: int, workers: int) -> None:
         submitted, reports = folder / "submitted", folder / "reports"
         start, used = time.perf_counter(), os.times()
         arrived = []
-        for _ in course.grade_class(submitted, LAB, reports, lambda: course.local_pool(workers), workers):
+        pool = functools.partial(course.local_pool, workers, choose())
+        for _ in course.grade_class(submitted, LAB, reports, pool, workers):
             arrived.append(time.perf_counter() - start)
         now = os.times()
         first = AHEAD * workers  # by then every process has started

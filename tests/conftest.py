@@ -14,8 +14,9 @@ import torch
 from nbformat import NotebookNode
 
 from autograder.authoring import solution_notebook
-from autograder.checks.runner import CheckResult, run_checks
+from autograder.checks.runner import run_checks
 from autograder.notebooks import to_run
+from autograder.report import CheckResult
 from autograder.submission.client import Submission
 
 torch.set_num_threads(1)  # small tensors: more threads only get in each other's way
@@ -75,7 +76,7 @@ def pytest_terminal_summary(terminalreporter) -> None:
     tried: dict[str, list[int]] = {}
     for number, kind in enumerate(("passed", "failed")):
         for report in terminalreporter.stats.get(kind, []):
-            found = re.search(r"test_attack_gains_nothing\[(\w+)-", report.nodeid)
+            found = re.search(r"test_attack_gains_nothing\[([\w ]+)-", report.nodeid)
             if found and report.when == "call":
                 tried.setdefault(found[1], [0, 0])[number] += 1
     for level, (stopped, not_stopped) in sorted(tried.items()):

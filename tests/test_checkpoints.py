@@ -8,8 +8,9 @@ import pytest
 import safetensors.torch
 import torch
 
-from difflab import checkpoints
-from difflab.checkpoints import data_path, load_checkpoint, load_pretrained, save_checkpoint, save_tensors
+from difflab import checkpoints, paths
+from difflab.checkpoints import load_checkpoint, load_pretrained, save_checkpoint, save_tensors
+from difflab.paths import data_path
 from difflab.schedule import NoiseSchedule
 from difflab.unet import UNet
 
@@ -160,7 +161,7 @@ def test_missing_and_surplus_weights_are_refused(path):
 @pytest.fixture
 def project(tmp_path, monkeypatch):
     """A project folder of our own, with the kit in labs/difflab, as in a clone."""
-    monkeypatch.setattr(checkpoints, "__file__", str(tmp_path / "labs" / "difflab" / "checkpoints.py"))
+    monkeypatch.setattr(paths, "__file__", str(tmp_path / "labs" / "difflab" / "paths.py"))
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "README.md").touch()
     return tmp_path

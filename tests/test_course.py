@@ -23,13 +23,12 @@ import psutil
 import pytest
 
 from autograder import course as course_module
-from autograder.checks.runner import CheckResult
 from autograder.class_report import class_page
 from autograder.course import Result, Stopped, find_submissions, grade_class
 from autograder.demo import CLASS, LAB, hand_in, nbgrader, set_up
 from autograder.exports import find_handed_in, grades_csv, gradescope_results, gradescope_zip
-from autograder.grading import Graded, Report
 from autograder.notebooks import CannotGrade, sanitise
+from autograder.report import CheckResult, Graded, Report
 from autograder.store import Reports, key_of
 from autograder.submission.process import Limits
 from autograder.submission.sandbox import choose
@@ -281,6 +280,14 @@ def klass(tmp_path_factory) -> Path:
     return folder
 
 
+def hand_in_untouched(folder: Path, notebook: nbformat.NotebookNode, students: int) -> None:
+    """That many submissions, no two alike."""
+    for number in range(students):
+        notebook.cells.append(nbformat.v4.new_code_cell(f"# number {number}"))
+        (folder / f"student{number}" / LAB).mkdir(parents=True)
+        nbformat.write(notebook, folder / f"student{number}" / LAB / f"{LAB}.ipynb")
+
+
 class TestRealClass:
     pytestmark = real
 
@@ -317,11 +324,7 @@ class TestRealClass:
 
     def test_a_killed_run_goes_on(self, tmp_path, student):
         folder, out = tmp_path / "submitted", tmp_path / "out"
-        for number in range(8):
-            notebook = student(LAB)
-            notebook.cells.append(nbformat.v4.new_code_cell(f"# number {number}"))
-            (folder / f"student{number}" / LAB).mkdir(parents=True)
-            nbformat.write(notebook, folder / f"student{number}" / LAB / f"{LAB}.ipynb")
+        hand_in_untouched(folder, student(LAB), 8)
         line = ["grade-class", folder, "--lab", LAB, "--out", out, "--workers", "2", "--no-feedback"]
         process = subprocess.Popen([sys.executable, "-m", "autograder", *map(str, line)], stderr=subprocess.DEVNULL)
         deadline = time.monotonic() + 120
@@ -337,6 +340,20 @@ class TestRealClass:
         run = command(*line)
         assert f"8 of 8 graded, {8 - len(done)} of them now" in run.stdout, run.stdout + run.stderr
         assert all((out / LAB / name).read_bytes() == content for name, content in done.items())
+
+    def test_a_run_goes_on_without_the_processes_it_loses(self, tmp_path, student):
+        folder, out = tmp_path / "submitted", tmp_path / "out"
+        hand_in_untouched(folder, student(LAB), 8)
+        line = ["grade-class", folder, "--lab", LAB, "--out", out, "--workers", "2", "--no-feedback"]
+        with subprocess.Popen([sys.executable, "-m", "autograder", *map(str, line)], stdout=subprocess.PIPE) as process:
+            deadline = time.monotonic() + 120
+            while len(list((out / LAB).glob("*.json"))) < 2 and time.monotonic() < deadline:
+                time.sleep(0.05)
+            for child in psutil.Process(process.pid).children():  # the server, or what graders are forked from
+                if "autograder.submission" in " ".join(child.cmdline()):
+                    child.kill()
+            told, _ = process.communicate(timeout=300)
+        assert process.returncode == 0 and b"8 of 8 graded, 8 of them now" in told
 
     def test_a_cluster_gives_the_same_scores_though_a_worker_dies(self, klass, tmp_path):
         pytest.importorskip("distributed")

@@ -12,8 +12,9 @@ import pytest
 
 from autograder.__main__ import main
 from autograder.checks.oracles import GaussianOracle
-from autograder.grading import Report, grade
+from autograder.grading import grade
 from autograder.notebooks import grade_id
+from autograder.report import Report
 from autograder.submission.process import Limits, WorkerProcess
 from autograder.submission.sandbox import choose
 from difflab.schedule import NoiseSchedule

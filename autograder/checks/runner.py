@@ -11,7 +11,6 @@ import time
 import zlib
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ import pytest
 import torch
 
 from autograder.checks import CheckFailed, Graded, NotYet
+from autograder.report import CheckResult
 from autograder.submission.client import (
     ContractBroken,
     Missing,
@@ -28,21 +28,9 @@ from autograder.submission.client import (
     SubmissionTimeout,
 )
 
-__all__ = ["CheckResult", "checks_of", "lab_of_check", "run_checks"]
+__all__ = ["checks_of", "lab_of_check", "run_checks"]
 
 CHECKS = Path(__file__).resolve().parent
-
-
-@dataclass(frozen=True)
-class CheckResult:
-    """One check's verdict."""
-
-    name: str
-    points: float
-    max_points: float
-    status: str  # passed | todo | failed | missing | timeout | crashed | error (the check itself broke)
-    hint: str
-    seconds: float
 
 
 def folder_of(lab: str) -> Path:

@@ -1,12 +1,13 @@
 """Workers forked from a process that has imported torch already: a submission starts in milliseconds, not in seconds.
 
 For level bwrap. The server sits in the sandbox and runs no submission's code. Each worker it forks is as apart from it,
-and from the workers before, as one started afresh: it gets namespaces of its own (processes, network, shared memory,
-the folders that can be written) and, where the grader is root, a user of its own.
+and from other workers, as one started afresh: it gets namespaces of its own (processes, network, shared memory, the
+folders that can be written) and, where the grader is root, a user of its own.
 
-Started by `ForkServer` as `python -m autograder.submission.forkserver FD`. The one message on its socket is
+Started by `ForkServer` as `python -m autograder.submission.forkserver FD`. It first says {"problem": ...}, as JSON.
+Then every packet it gets, from any process that holds the other end, is a request to fork a worker:
 
-    {"user": ..., "memory": ..., "processes": ...} and a socket     fork a worker that serves that socket
+    {"user": ..., "memory": ..., "processes": ...} and the socket that the worker is to serve
 """
 
 from __future__ import annotations
@@ -15,12 +16,13 @@ import contextlib
 import ctypes
 import gc
 import importlib
+import json
 import os
 import signal
 import socket
+import struct
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,7 +33,7 @@ if TYPE_CHECKING:
 
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch: its thread pool does not survive a fork
 
-__all__ = ["ForkServer"]
+__all__ = ["ForkServer", "ServerGone"]
 
 # What the labs' notebooks and the worker itself import.
 _PRELOADED = (
@@ -45,22 +47,34 @@ _CLONE_NEWUSER, _CLONE_NEWPID, _CLONE_NEWNET = 0x10000000, 0x20000000, 0x4000000
 _MS_NOSUID, _MS_NODEV, _MS_NOEXEC, _MS_REC, _MS_SLAVE = 0x2, 0x4, 0x8, 0x4000, 0x80000
 _PR_SET_DUMPABLE, _PR_CAPBSET_DROP, _PR_SET_NO_NEW_PRIVS = 4, 24, 38
 _CAPABILITY_VERSION_3 = 0x20080522
+_CREDENTIALS = struct.Struct("3i")  # process, user, group
 _MADV_HUGEPAGE, _MADV_COLLAPSE, _LARGE_PAGE = 14, 25, 2 * 2**20
 
 
 # -- the grader's side ---------------------------------------------------------------------------------------------
 
 
+class ServerGone(Exception):
+    """The server was ended by something, by a lack of memory perhaps: start another."""
+
+
 class ForkServer:
-    """A server in the sandbox, for one submission after another."""
+    """The other end of a server's socket. It can be passed to processes that multiprocessing starts."""
 
-    def __init__(self, sandbox: Sandbox):
-        from autograder.submission.wire import Channel
+    def __init__(self, server_socket: socket.socket, process: subprocess.Popen):
+        self.socket = server_socket
+        self._process: subprocess.Popen | None = process  # None where it was passed to another process
+        self._works: bool | None = None
 
-        self.sandbox = sandbox
-        ours, theirs = socket.socketpair()
+    def __getstate__(self) -> dict[str, Any]:
+        return {"socket": self.socket, "_process": None, "_works": self._works}
+
+    @classmethod
+    def start(cls, sandbox: Sandbox) -> ForkServer:
+        """Start a server; it is not waited for."""
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         command = [sys.executable, "-I", "-m", "autograder.submission.forkserver", str(theirs.fileno())]
-        self.process = subprocess.Popen(
+        process = subprocess.Popen(
             sandbox.command(command, forks=True),
             env=sandbox.environment("/nonexistent"),
             cwd="/",
@@ -71,74 +85,75 @@ class ForkServer:
             start_new_session=True,
         )
         theirs.close()
-        self._channel = Channel(ours)
-        self._own: set[psutil.Process] = set()
-        self._problem: str | None = None
+        return cls(ours, process)
 
     def works(self, seconds: float = 60.0) -> bool:
-        """Whether it can fork workers that are as apart as its sandbox promises; waits until it is known."""
-        if not self._own:
+        """Whether it can fork workers that are as apart as its sandbox promises; waits until that is known."""
+        if self._works is None:
+            self.socket.settimeout(seconds)
             try:
-                self._problem = self._channel.receive(time.monotonic() + seconds)["problem"]
-                root = psutil.Process(self.process.pid)
-                self._own = {root, *root.children(recursive=True)}
-            except (EOFError, OSError, TimeoutError, psutil.Error) as error:
-                self._problem = f"it did not start ({type(error).__name__})"
-        return self._problem is None and self.process.poll() is None
+                self._works = json.loads(self.socket.recv(4096))["problem"] is None
+            except (OSError, ValueError):
+                self._works = False
+        return self._works and (self._process is None or self._process.poll() is None)
 
-    def fork(self, worker_socket: socket.socket, user: int | None, memory: int, processes: int) -> None:
-        """Fork a worker that serves `worker_socket`; the first it says is whether it could.
+    def fork(
+        self, ours: socket.socket, theirs: socket.socket, user: int | None, memory: int, processes: int
+    ) -> psutil.Process:
+        """Fork a worker that serves `theirs`, the other end of `ours`, which is closed here.
+
+        Returns:
+            The worker. It is the first process of its namespace: what it starts is among its descendants and ends
+            with it.
 
         Raises:
-            OSError, TimeoutError: if the server is gone.
+            ServerGone: if no worker comes.
         """
-        request = {"user": user, "memory": memory, "processes": processes}
-        self._channel.send(request, time.monotonic() + 10)
-        socket.send_fds(self._channel.socket, [b"f"], [worker_socket.fileno()])
-
-    def members(self) -> list[psutil.Process]:
-        """The processes of the submissions forked from it."""
-        with contextlib.suppress(psutil.Error):
-            return [p for p in psutil.Process(self.process.pid).children(recursive=True) if p not in self._own]
-        return []
+        request = json.dumps({"user": user, "memory": memory, "processes": processes}).encode()
+        ours.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)  # the kernel will say who speaks
+        ours.settimeout(30)
+        try:
+            socket.send_fds(self.socket, [request], [theirs.fileno()])
+            theirs.close()  # so that the end of a worker is the end of what can be read
+            _, ((_, _, credentials),), _, _ = ours.recvmsg(1, socket.CMSG_SPACE(_CREDENTIALS.size))
+            ours.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 0)
+            ours.settimeout(None)
+            return psutil.Process(_CREDENTIALS.unpack(credentials)[0])
+        except (OSError, ValueError, psutil.Error) as error:
+            raise ServerGone(f"the server that forks workers is gone ({type(error).__name__})") from None
 
     def close(self) -> None:
-        """End the server and every worker of it."""
-        self._channel.close()
-        self.process.kill()
-        self.process.wait()
+        """End the server and every worker of it, if this is the process that started it."""
+        self.socket.close()
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
 
 
 # -- inside the sandbox --------------------------------------------------------------------------------------------
 
 
 def main() -> None:
-    """Fork a worker for every message, until the grader is gone."""
+    """Fork a worker for every packet, until nobody holds the other end."""
     from autograder.submission import worker
 
-    control_socket = socket.socket(fileno=int(sys.argv[1]))
-    control_socket.set_inheritable(False)
+    control = socket.socket(fileno=int(sys.argv[1]))
+    control.set_inheritable(False)
     worker.end_with_parent()
     _preload()
     worker.pin_threads()
-
-    from autograder.submission.wire import Channel
-
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for the workers here
-    control = Channel(control_socket)
-    control.send({"problem": _try_out()})
+    control.send(json.dumps({"problem": _try_out()}).encode())
     while True:
-        try:
-            request = control.receive()
-        except EOFError:
+        request, descriptors, _, _ = socket.recv_fds(control, 4096, 1)
+        if not request:
             return
-        _, (descriptor,), _, _ = socket.recv_fds(control_socket, 1, 1)
-        with socket.socket(fileno=descriptor) as worker_socket:
+        with socket.socket(fileno=descriptors[0]) as worker_socket:
             worker_socket.set_inheritable(False)
             if os.fork() == 0:
-                control_socket.close()
+                control.close()
                 try:
-                    _become_worker(worker_socket, **request)
+                    _become_worker(worker_socket, **json.loads(request))
                 finally:
                     os._exit(1)
 
@@ -174,13 +189,17 @@ def _become_worker(worker_socket: socket.socket, user: int | None, memory: int, 
 
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     os.setsid()
+    problem = None
     try:
         _enter_namespaces()  # from here on in another child, the first process of its namespace
         _give_up_rights(user)
         os.chdir(os.environ["HOME"])
         worker.limit(memory, processes)
-    except OSError as error:
-        Channel(worker_socket).send({"failed": str(error)})
+    except Exception as error:
+        problem = str(error)
+    worker_socket.send(b"!")  # by which the grader learns its process number
+    if problem is not None:
+        Channel(worker_socket).send({"failed": problem})
         return
     random.seed()
     np.random.seed()

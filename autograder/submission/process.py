@@ -7,6 +7,7 @@ the worker needs one too, and so they spend it side by side.
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import re
 import shutil
@@ -20,6 +21,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+import psutil
+
 from autograder.submission.sandbox import Sandbox
 from autograder.submission.watchdog import Watchdog, count_threads, end_all, family, members_of_user
 
@@ -27,7 +30,7 @@ if TYPE_CHECKING:
     from autograder.submission.client import Submission
     from autograder.submission.forkserver import ForkServer
 
-__all__ = ["CellResult", "Limits", "WorkerFailed", "WorkerProcess", "Workers"]
+__all__ = ["CellResult", "Limits", "WorkerFailed", "WorkerProcess", "Workers", "start_server"]
 
 MAX_FATAL_CELLS = 3
 MAX_RECEIVED = 256 * 2**20  # bytes one check may be sent; a check of the labs is sent ten million
@@ -82,9 +85,8 @@ class WorkerProcess:
         memory, processes = self.limits.memory, self.limits.processes + (count_threads() if user is None else 0)
         self._socket, self._stderr, self._process = ours, bytearray(), None
         if self._server is not None:
-            find = (lambda: members_of_user(user)) if user is not None else self._server.members
-            with contextlib.suppress(OSError, TimeoutError):  # that it is gone is seen when the worker is waited for
-                self._server.fork(theirs, user, memory, processes)
+            root = self._server.fork(ours, theirs, user, memory, processes)
+            find = functools.partial(family, root)
         else:
             command = [sys.executable, "-I", "-m", "autograder.submission.worker", str(theirs.fileno())]
             self._process = process = subprocess.Popen(
@@ -97,7 +99,8 @@ class WorkerProcess:
                 stderr=subprocess.PIPE,
                 start_new_session=True,
             )
-            find = (lambda: members_of_user(user)) if user is not None else (lambda: family(process))
+            root = psutil.Process(process.pid)
+            find = functools.partial(family, root) if user is None else functools.partial(members_of_user, user)
             threading.Thread(target=self._drain_stderr, args=(process.stderr, self._stderr), daemon=True).start()
         theirs.close()
         self._find_members = find
@@ -249,40 +252,49 @@ class Workers:
     """Starts workers for one submission after another, forked from one server where that works.
 
     Use as a context manager; leaving it ends the server.
+
+    Args:
+        sandbox, server: a server that works already, and for which sandbox.
     """
 
-    def __init__(self) -> None:
-        self._server: ForkServer | None = None
-        self._without: set[Sandbox] = set()  # where no server works
+    def __init__(self, sandbox: Sandbox | None = None, server: ForkServer | None = None) -> None:
+        self._sandbox, self._server = sandbox, server  # the server may be None where none works
 
     def start(self, sandbox: Sandbox, limits: Limits) -> WorkerProcess:
-        """A fresh worker."""
-        return WorkerProcess(sandbox, limits, self._server_for(sandbox))
+        """A fresh worker.
 
-    def _server_for(self, sandbox: Sandbox) -> ForkServer | None:
-        if sandbox.level != "bwrap" or sandbox in self._without:
-            return None
-        from autograder.submission.forkserver import ForkServer
-
-        if self._server is None or self._server.sandbox != sandbox or not self._server.works():
+        Raises:
+            ServerGone: if there was a server and it is gone.
+        """
+        if sandbox != self._sandbox or (self._server is not None and not self._server.works()):
             self.close()
-            self._server = ForkServer(sandbox)
-            if not self._server.works():
-                self._without.add(sandbox)
-                self.close()
-        return self._server
+            self._sandbox, self._server = sandbox, start_server(sandbox)
+        return WorkerProcess(sandbox, limits, self._server)
 
     def close(self) -> None:
         """End the server."""
         if self._server is not None:
             self._server.close()
-            self._server = None
+        self._sandbox = self._server = None
 
     def __enter__(self) -> Workers:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def start_server(sandbox: Sandbox) -> ForkServer | None:
+    """A server that forks workers into that sandbox, once it is ready; None where there can be none."""
+    from autograder.submission.forkserver import ForkServer
+
+    if sandbox.level != "bwrap":
+        return None
+    server = ForkServer.start(sandbox)
+    if server.works():
+        return server
+    server.close()
+    return None
 
 
 def _read_cell(reply: Any, label: str) -> CellResult:

@@ -24,11 +24,10 @@ def members_of_user(user: int) -> list[psutil.Process]:
     return [p for p in psutil.process_iter() if _user_of(p) == user]
 
 
-def family(process: subprocess.Popen) -> list[psutil.Process]:
+def family(process: psutil.Process) -> list[psutil.Process]:
     """A process and its descendants."""
     try:
-        root = psutil.Process(process.pid)
-        return [root, *root.children(recursive=True)]
+        return [process, *process.children(recursive=True)]
     except psutil.Error:
         return []
 

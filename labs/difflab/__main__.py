@@ -12,7 +12,8 @@ import torch
 from tqdm import tqdm
 
 from difflab import datasets, metrics
-from difflab.checkpoints import data_path, load_checkpoint, save_checkpoint
+from difflab.checkpoints import load_checkpoint, save_checkpoint
+from difflab.paths import data_path
 from difflab.schedule import NoiseSchedule
 from difflab.timing import count_calls, synchronize
 from difflab.unet import UNet, low_precision

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import sysconfig
 from pathlib import Path
 from typing import Any
 
@@ -13,25 +12,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
+from difflab.paths import data_path
 from difflab.schedule import NoiseSchedule
 from difflab.unet import UNet
 
-__all__ = ["data_path", "load_checkpoint", "load_pretrained", "load_tensors", "save_checkpoint", "save_tensors"]
+__all__ = ["load_checkpoint", "load_pretrained", "load_tensors", "save_checkpoint", "save_tensors"]
 
 FORMAT = "difflab-1"
-
-
-def data_path(name: str) -> Path:
-    """Where a file of the project's `data/` folder lies: in the clone, or where pip put it.
-
-    Raises:
-        FileNotFoundError: if it is in neither place.
-    """
-    clone = Path(__file__).resolve().parents[2] / "data"
-    for folder in (clone, Path(sysconfig.get_path("data")) / "share" / "difflab"):
-        if (folder / name).exists():
-            return folder / name
-    raise FileNotFoundError(f"{name} is not in {clone}; get the whole repository, data/ included")
 
 
 def save_tensors(path: str | Path, tensors: dict[str, Tensor], header: dict[str, Any]) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from difflab.checkpoints import data_path
+from difflab.paths import data_path
 
 __all__ = ["load_digits", "load_mnist", "mnist_root"]
 

@@ -12,7 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from difflab.checkpoints import data_path, load_tensors, save_tensors
+from difflab.checkpoints import load_tensors, save_tensors
+from difflab.paths import data_path
 
 __all__ = [
     "Classifier",

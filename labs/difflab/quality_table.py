@@ -20,8 +20,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from difflab.checkpoints import data_path
 from difflab.metrics import Quality, quality
+from difflab.paths import data_path
 from difflab.schedule import NoiseSchedule
 from difflab.timing import synchronize
 from difflab.unet import low_precision
