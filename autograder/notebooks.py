@@ -98,11 +98,11 @@ def _clean_notebook(raw: dict[str, Any], path: Path) -> NotebookNode:
 
 
 def _new_cell(kind: str, source: str) -> NotebookNode:
-    return {
-        "code": nbformat.v4.new_code_cell,
-        "markdown": nbformat.v4.new_markdown_cell,
-        "raw": nbformat.v4.new_raw_cell,
-    }[kind](source)
+    """A cell that still needs an id. (nbformat's own constructors validate each cell, and then the notebook again.)"""
+    cell = NotebookNode(cell_type=kind, metadata=NotebookNode(), source=source)
+    if kind == "code":
+        cell.update(execution_count=None, outputs=[])
+    return cell
 
 
 def _safe_outputs(outputs: Any) -> list[NotebookNode]:

@@ -429,4 +429,5 @@ class TestRealClass:
             assert run.returncode == 0, run.stderr
             results = json.loads((root / "results" / "results.json").read_text())
             assert results["score"] == SCORES[name] == sum(test["score"] for test in results["tests"])
+            assert results["output"] == "11 more points are given by a person."
         assert choose().level  # the level that was used is one that works here

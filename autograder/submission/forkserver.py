@@ -31,8 +31,6 @@ import psutil
 if TYPE_CHECKING:
     from autograder.submission.sandbox import Sandbox
 
-os.environ["OMP_NUM_THREADS"] = "1"  # before torch: its thread pool does not survive a fork
-
 __all__ = ["ForkServer", "ServerGone"]
 
 # What the labs' notebooks and the worker itself import.

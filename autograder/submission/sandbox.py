@@ -23,6 +23,7 @@ from pathlib import Path
 
 import autograder
 import difflab
+from difflab.paths import data_path
 
 __all__ = ["LEVELS", "Sandbox", "choose"]
 
@@ -194,7 +195,7 @@ def _visible(root: Path, here: Path) -> list[Path]:
         Path(difflab.__file__).resolve().parent,
         package / "__init__.py",
         package / "submission",
-        root / "data",
+        data_path("README.md").parent,
     } - set(map(Path, _SYSTEM))
     return sorted(path for path in visible if path.exists())
 
