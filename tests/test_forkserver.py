@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import time
+from pathlib import Path
 
 import pytest
 
+from autograder.submission import sandbox
 from autograder.submission.forkserver import ForkServer, ServerGone
 from autograder.submission.process import Limits, WorkerFailed, WorkerProcess, Workers, start_server
 from autograder.submission.sandbox import Sandbox, choose
@@ -29,6 +31,12 @@ def say(worker: WorkerProcess, *sources: str) -> list[str]:
     return ["".join(o.get("text", "") for o in r.outputs).strip() for r in results]
 
 
+def shown_in_tmp() -> list[str]:
+    """What of the course and its environment lies in /tmp, and must be seen there."""
+    shown = sandbox._visible(sandbox._course(), Path.cwd())
+    return sorted({path.parts[2] for path in shown if path.is_relative_to("/tmp")})
+
+
 @needs_bwrap
 def test_a_worker_inherits_nothing(workers):
     with workers.start(BWRAP, Limits()) as worker:
@@ -37,16 +45,41 @@ def test_a_worker_inherits_nothing(workers):
             "import os; print(sorted(os.readlink(f'/proc/self/fd/{n}') for n in range(64)"
             " if os.path.lexists(f'/proc/self/fd/{n}')))",
             "print([name for name in os.listdir('/proc') if name.isdigit()])",
-            "print([os.listdir(f) for f in ('/tmp', '/var/tmp', '/dev/shm')], os.getcwd(), os.path.expanduser('~'))",
+            "print([sorted(os.listdir(f)) for f in ('/tmp', '/var/tmp', '/dev/shm')], os.getcwd(), os.environ['HOME'])",
             "status = dict(line.split(':', 1) for line in open('/proc/self/status'))",
             "print(*[status[k].strip() for k in ('CapInh', 'CapPrm', 'CapEff', 'CapAmb', 'NoNewPrivs')])",
             "print(*os.getresuid(), *os.getresgid(), *os.getgroups())",
         )
     assert descriptors.count("socket:") == 1 and descriptors.count("/dev/null") == 3 and "pipe" not in descriptors
     assert processes == "['1']"
-    assert folders == "[[], [], []] /home/student /home/student"
+    assert folders == f"[{shown_in_tmp()}, [], []] /home/student /home/student"
     assert rights.split() == ["0" * 16] * 4 + ["1"], "no capabilities, and none to be had"
     assert len(set(identity.split())) == 1 and (os.getuid() != 0 or int(identity.split()[0]) >= 2**30)
+
+
+@needs_bwrap
+def test_what_the_sandbox_shows_in_tmp_is_seen(tmp_path, monkeypatch):
+    """An environment or a course under /tmp, with a space in its name, and mounts in mounts."""
+    folder = tmp_path / "an environment"
+    (folder / "in it").mkdir(parents=True)
+    (folder / "file").write_text("shown")
+    (tmp_path / "other").write_text("hidden")
+    for path in (*folder.parents, folder, folder / "in it"):
+        if path.is_relative_to(tmp_path.parents[2]) and path.owner() == Path.home().owner():
+            path.chmod(0o755)
+    shown = sandbox._visible(sandbox._course(), Path.cwd())
+    monkeypatch.setattr(sandbox, "_visible", lambda *_: sorted([*shown, folder, folder / "file", folder / "in it"]))
+    with Workers() as workers, workers.start(BWRAP, Limits()) as worker:
+        assert workers._server is not None
+        found, beside, error = say(
+            worker,
+            "import os; ls = lambda folder: sorted(os.listdir(folder))\n"
+            f"print(open('{folder}/file').read(), ls('{folder}'), ls('/tmp'))",
+            f"print(os.listdir('{tmp_path}'))",
+            f"try: open('{folder}/new', 'w')\nexcept OSError as error: print(error.strerror)",
+        )
+    assert found == f"shown ['file', 'in it'] {shown_in_tmp()}"
+    assert beside == "['an environment']" and error in ("Read-only file system", "Permission denied")
 
 
 @needs_bwrap
@@ -57,9 +90,9 @@ def test_workers_do_not_see_one_another(workers):
         other, found = say(
             second,
             "import random, numpy; print(random.random(), numpy.random.rand())",
-            "import os; print(os.listdir('/tmp'), os.listdir('/dev/shm'), os.listdir('.'))",
+            "import os; print(sorted(os.listdir('/tmp')), os.listdir('/dev/shm'), os.listdir('.'))",
         )
-        assert found in ("[] [] []", "[] [] ['.ipython']")
+        assert found in (f"{shown_in_tmp()} [] []", f"{shown_in_tmp()} [] ['.ipython']")
         assert not set(one.split()) & set(other.split()), "the same random numbers for two students"
 
 

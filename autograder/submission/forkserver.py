@@ -18,8 +18,10 @@ import gc
 import importlib
 import json
 import os
+import re
 import signal
 import socket
+import stat
 import struct
 import subprocess
 import sys
@@ -42,7 +44,7 @@ _PRELOADED = (
 
 _CLONE_NEWNS, _CLONE_NEWUTS, _CLONE_NEWIPC = 0x00020000, 0x04000000, 0x08000000
 _CLONE_NEWUSER, _CLONE_NEWPID, _CLONE_NEWNET = 0x10000000, 0x20000000, 0x40000000
-_MS_NOSUID, _MS_NODEV, _MS_NOEXEC, _MS_REC, _MS_SLAVE = 0x2, 0x4, 0x8, 0x4000, 0x80000
+_MS_NOSUID, _MS_NODEV, _MS_NOEXEC, _MS_BIND, _MS_REC, _MS_SLAVE = 0x2, 0x4, 0x8, 0x1000, 0x4000, 0x80000
 _PR_SET_DUMPABLE, _PR_CAPBSET_DROP, _PR_SET_NO_NEW_PRIVS = 4, 24, 38
 _CAPABILITY_VERSION_3 = 0x20080522
 _CREDENTIALS = struct.Struct("3i")  # process, user, group
@@ -241,10 +243,25 @@ def _enter_namespaces() -> None:
     from autograder.submission.sandbox import HOME, WRITABLE_SIZE
 
     _call("mount", None, b"/", None, _MS_REC | _MS_SLAVE, None)
-    options = f"size={WRITABLE_SIZE},mode=1777".encode()
     for folder in ("/tmp", "/var/tmp", "/dev/shm", HOME):
-        _call("mount", b"tmpfs", folder.encode(), b"tmpfs", _MS_NOSUID | _MS_NODEV, options)
+        _mount_empty(folder, f"size={WRITABLE_SIZE},mode=1777")
     _call("mount", b"proc", b"/proc", b"proc", _MS_NOSUID | _MS_NODEV | _MS_NOEXEC, None)
+
+
+def _mount_empty(folder: str, options: str) -> None:
+    """A fresh folder in memory over `folder`, in which only what the sandbox had mounted is seen again."""
+    mounted = [line.split()[4] for line in Path("/proc/self/mountinfo").read_text().splitlines()]
+    points = [re.sub(r"\\([0-7]{3})", lambda code: chr(int(code[1], 8)), point) for point in mounted]
+    kept = [(point, os.open(point, os.O_PATH)) for point in points if point.startswith(f"{folder}/")]
+    _call("mount", b"tmpfs", folder.encode(), b"tmpfs", _MS_NOSUID | _MS_NODEV, options.encode())
+    for point, descriptor in kept:
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            os.makedirs(point, exist_ok=True)
+        elif not os.path.exists(point):
+            os.makedirs(os.path.dirname(point), exist_ok=True)
+            Path(point).touch()
+        _call("mount", f"/proc/self/fd/{descriptor}".encode(), os.fsencode(point), None, _MS_BIND, None)
+        os.close(descriptor)
 
 
 def _give_up_rights(user: int | None) -> None:
