@@ -55,6 +55,11 @@ class Coefficients:
         """Ho et al. 2020, equation 7."""
         return self.beta(t) * (1 - self.alpha_bar(torch.as_tensor(t) - 1)) / (1 - self.alpha_bar(t))
 
+    def noised(self, x_0: Tensor, eps: Tensor, t: int | Tensor) -> Tensor:
+        """x_t from x_0 and its noise (Ho et al. 2020, equation 4)."""
+        alpha_bar = self.alpha_bar(t)
+        return alpha_bar.sqrt() * x_0.double() + (1 - alpha_bar).sqrt() * eps.double()
+
     def predict_x0(self, x_t: Tensor, eps: Tensor, t: int | Tensor) -> Tensor:
         """x_0 from x_t and its noise (Song et al. 2021, equation 9)."""
         alpha_bar = self.alpha_bar(t)

@@ -1,0 +1,1 @@
+"""Checks of Lab 4, training: one module for each part."""
