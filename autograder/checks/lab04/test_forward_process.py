@@ -13,7 +13,12 @@ def test_linear_betas(submission, rng):
     """`linear_betas` spaces T betas evenly, rescales them for T, and takes their product; bad arguments are refused."""
     start = 1e-4 * (1 + torch.rand((), generator=rng).item())
     end = 0.015 + 0.005 * torch.rand((), generator=rng).item()
-    for T, rescale in ((300, True), (int(torch.randint(100, 900, (), generator=rng)), True), (300, False), (1000, True)):
+    for T, rescale in (
+        (300, True),
+        (int(torch.randint(100, 900, (), generator=rng)), True),
+        (300, False),
+        (1000, True),
+    ):
         what = f"with T = {T}, rescale={rescale}"
         pair = expect.tensors(submission.linear_betas(T, start, end, rescale), "linear_betas", 2)
         betas = expect.tensor(pair[0], f"betas {what}", (T,))
@@ -159,5 +164,3 @@ def test_prior_mismatch(submission, rng):
             }
             # Near zero the three terms cancel: in float32 with an error of about 1e-7.
             expect.close(value, kl(a[-1]), f"prior_mismatch at T = {T}", mistakes, 1e-3, 3e-7)
-
-

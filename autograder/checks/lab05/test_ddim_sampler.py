@@ -11,6 +11,7 @@ from autograder.checks.oracles import (
     images,
     random_schedule,
 )
+from autograder.checks.samplers import hold_timesteps
 
 
 @graded(points=5, section="DDIM")
@@ -46,34 +47,7 @@ def test_ddim_predict_x0(submission, rng):
 def _hold_schedule(sampler, kind: str, num_timesteps: int, num_steps: int) -> torch.Tensor:
     """What any schedule must satisfy; returns it as a LongTensor."""
     call = f"create_timestep_schedule({num_steps}, {kind!r}) with T = {num_timesteps}"
-    timesteps = expect.tensor(sampler.create_timestep_schedule(num_steps, kind), call)
-    if timesteps.ndim != 1:
-        expect.fail(f"{call} should be one-dimensional, got shape {list(timesteps.shape)}")
-    if timesteps.dtype != torch.int64:
-        expect.fail(f"{call} should be a LongTensor (int64), got {timesteps.dtype}; use .long()")
-    entries = timesteps[: num_timesteps + 2].tolist()
-    if len(entries) > 1 and entries[0] < entries[-1]:
-        expect.fail(f"{call} is ascending; sampling runs from T − 1 down to 0")
-    if entries and (max(entries) >= num_timesteps or min(entries) < 0):
-        expect.fail(f"{call} leaves 0 … {num_timesteps - 1}: it holds {min(entries)} … {max(entries)}")
-    if len(timesteps) != num_steps:
-        cause = (
-            " (linspace(…, num_steps + 1) makes one too many; the last jump, from index 0 to clean data, needs no entry)"
-            if len(timesteps) == num_steps + 1
-            else " (removing repeats loses steps; resolve them so that the number stays)"
-            if len(timesteps) < num_steps and kind == "quadratic"
-            else ""
-        )
-        expect.fail(f"{call} should have exactly {num_steps} entries, got {len(timesteps)}{cause}")
-    if any(a <= b for a, b in zip(entries, entries[1:])):
-        expect.fail(f"{call} should fall strictly; it repeats or rises: a repeated timestep wastes a network call")
-    if entries[0] != num_timesteps - 1:
-        expect.fail(
-            f"{call} should start at T − 1 = {num_timesteps - 1}, the noise that x_T has; it starts at {entries[0]}"
-        )
-    if num_steps > 1 and entries[-1] != 0:
-        expect.fail(f"{call} should end at 0, the cleanest timestep; it ends at {entries[-1]}")
-    return timesteps
+    return hold_timesteps(sampler.create_timestep_schedule(num_steps, kind), call, num_timesteps, num_steps)
 
 
 @graded(points=4, section="DDIM")

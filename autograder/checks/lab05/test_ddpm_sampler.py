@@ -4,6 +4,7 @@ import torch
 
 from autograder.checks import expect, graded
 from autograder.checks.oracles import Coefficients, GaussianOracle, SteadyNetwork, images, random_schedule
+from autograder.checks.samplers import step_problem
 
 
 def _small_t_tolerance(t: torch.Tensor) -> torch.Tensor:
@@ -134,7 +135,7 @@ def _hold_step(submission, schedule, network, x_t, t, eps, x_s):
     for m, v in ((mean, variance), (own_mean, own_variance), (mean, own_variance), (own_mean, variance)):
         if m is None or v is None:
             continue
-        problem = _step_problem(x_s, m, v, eps)
+        problem = step_problem(x_s, m, v, eps)
         if problem is None:
             return
         problems.append(problem)
@@ -166,18 +167,6 @@ def _own_methods(submission, schedule, network, x_t, t, eps):
     except expect.NOT_WORKING:
         variance = None
     return mean, variance
-
-
-def _step_problem(x_s, mean, variance, eps) -> str | None:
-    deviation = x_s.double() - mean
-    if variance == 0:
-        if deviation.abs().max() > 3e-3:
-            size = deviation.std().item()
-            return f"the result should be the mean itself, without noise (it differs by {size:.3g})"
-        return None
-    std = variance.sqrt()
-    problem = expect.noise_problem(deviation / std, eps)
-    return problem and f"x_(t−1) should be mean + √β̃_t · noise, but {problem}"
 
 
 @graded(points=6, section="DDPM")
@@ -218,7 +207,7 @@ def _hold_transition(submission, schedule, sampler, network, x_t, t, x_s):
     c = Coefficients(schedule)
     eps = network.predict(x_t, torch.full((len(x_t),), t))
     mean, variance = c.posterior_mean(x_t, t, eps), c.posterior_variance(t)
-    problem = _step_problem(x_s, mean, variance, eps)
+    problem = step_problem(x_s, mean, variance, eps)
     if problem is None:
         return
     if not expect.matches_own_draws(x_s, lambda: sampler.ddpm_step(x_t, t), x_t):
