@@ -13,7 +13,7 @@ from difflab.checkpoints import load_checkpoint, save_checkpoint
 from difflab.schedule import NoiseSchedule
 from difflab.unet import UNet
 
-TIMESTEPS = 25
+TIMESTEPS = 60
 
 # Samplers that call the network as often as real ones would and return plain grey: eta for DDIM, white for DDPM.
 SAMPLERS = """
@@ -38,6 +38,25 @@ class DDIMSampler(DDPMSampler):
         for t in timesteps:
             self.model(x_T, torch.full((shape[0],), t))
         return torch.full(shape, float(eta))
+"""
+
+
+# The same from Lab 4: one class, which draws black by DDPM and half grey by DDIM.
+DIFFUSION = """
+import torch
+
+class Diffusion:
+    def __init__(self, model, schedule):
+        self.model, self.schedule = model, schedule
+
+    def ddpm_sample(self, shape, *, x_T=None):
+        return self.ddim_sample(shape, self.schedule.num_timesteps, x_T=x_T) - 1.5
+
+    @torch.no_grad()
+    def ddim_sample(self, shape, num_steps=50, *, x_T=None):
+        for t in range(num_steps):
+            self.model(x_T, torch.full((shape[0],), t))
+        return torch.full(shape, 0.5)
 """
 
 
@@ -107,6 +126,15 @@ def test_calls_are_counted_per_batch(folder, capsys):
     assert "3 network calls for each of 3 batches" in out
 
 
+def test_a_notebook_of_lab_4_samples_too(folder, capsys):
+    _write_notebook(folder / "lab.ipynb", DIFFUSION)
+    for arguments, calls, grey in ((["--num-steps", "3"], 3, 0.75), (["--method", "ddpm"], TIMESTEPS, 0.0)):
+        assert _sample(*arguments, "--out", f"{calls}.png") == 0
+        assert f": {calls} network calls for each of 1 batches" in capsys.readouterr().out
+        assert abs(plt.imread(folder / f"{calls}.png")[10, 10, 0] - grey) < 0.01
+    assert "knows no --eta" in _refused(_sample("--eta", "0.5", "--num-steps", "3"), capsys)
+
+
 def test_seed_decides_the_starting_noise(folder, capsys):
     """Is x_T, returned here as the sample, the same for the same seed and another for another?"""
     _write_notebook(folder / "lab.ipynb", SAMPLERS, "DDIMSampler.sample = lambda self, shape, timesteps, eta, x_T: x_T")
@@ -146,12 +174,14 @@ def test_nothing_is_overwritten_without_force(folder, capsys):
         (["--num-samples", "0"], "must be at least 1"),
         (["--batch-size", "0"], "must be at least 1"),
         (["--num-steps", "0"], "must be at least 1"),
+        (["--num-steps", "61"], "--num-steps 61 is more than the 60 timesteps there are"),
+        (["--num-steps", "5", "--out", "/proc/grid.png"], "'/proc/grid.png'"),
         (["--checkpoint", "nothing.safetensors"], "no checkpoint at nothing.safetensors"),
         (["--checkpoint", "no-such-model"], "no-such-model.safetensors is not in "),
         (["--checkpoint", "broken.safetensors"], "broken.safetensors is not a readable safetensors file"),
         (["--from", "nothing.ipynb"], "no notebook at nothing.ipynb"),
-        (["--from", "empty.ipynb"], "empty.ipynb defines no class DDIMSampler"),
-        (["--from", "empty.ipynb", "--method", "ddpm"], "empty.ipynb defines no class DDPMSampler"),
+        (["--from", "empty.ipynb"], "empty.ipynb defines neither DDIMSampler nor Diffusion"),
+        (["--from", "empty.ipynb", "--method", "ddpm"], "empty.ipynb defines neither DDPMSampler nor Diffusion"),
         (["--from", "tiny.safetensors"], "tiny.safetensors is not a Jupyter notebook"),
     ],
 )

@@ -66,7 +66,7 @@ def _parse(sources) -> ast.Module:
 
 
 def _definitions(tree: ast.Module, exercises: Mapping[str, set[str]]) -> dict[str, ast.FunctionDef]:
-    """The graded methods and functions, "Class.method" -> its last definition: in the class, or by @add_to_class."""
+    """The graded functions, "Class.method" -> its last definition: in the class, by @add_to_class, or assigned."""
     found: dict[str, ast.FunctionDef] = {}
     for node in tree.body:
         if isinstance(node, ast.ClassDef):
@@ -81,8 +81,23 @@ def _definitions(tree: ast.Module, exercises: Mapping[str, set[str]]) -> dict[st
                 and isinstance(decorator.args[0], ast.Name)
             ]
             found[f"{classes[0]}.{node.name}" if classes else node.name] = node
+        elif isinstance(node, ast.Assign):
+            found |= {name: found[function] for name, function in _assigned(node) if function in found}
     wanted = {f"{cls}.{name}" if cls else name for cls, names in exercises.items() for name in names}
     return {name: node for name, node in found.items() if name in wanted}
+
+
+def _assigned(node: ast.Assign) -> list[tuple[str, str]]:
+    """Of `Class.method = function`, one or several: ("Class.method", "function")."""
+    pairs = []
+    for target in node.targets:
+        several = isinstance(target, ast.Tuple) and isinstance(node.value, ast.Tuple)
+        pairs += zip(target.elts, node.value.elts) if several else [(target, node.value)]
+    return [
+        (f"{to.value.id}.{to.attr}", value.id)
+        for to, value in pairs
+        if isinstance(to, ast.Attribute) and isinstance(to.value, ast.Name) and isinstance(value, ast.Name)
+    ]
 
 
 def _is_stub(node: ast.FunctionDef) -> bool:

@@ -6,9 +6,11 @@ import argparse
 import os
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from difflab import datasets, metrics
@@ -58,7 +60,7 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--init", type=Path, default=None, metavar="CHECKPOINT",
                        help="start a new run from these weights instead of random ones")  # fmt: skip
     train.add_argument("--samples-from", type=Path, default=None, metavar="NOTEBOOK",
-                       help="draw a grid after each epoch with this notebook's DDIMSampler")  # fmt: skip
+                       help="draw a grid after each epoch with this notebook's DDIM sampler")  # fmt: skip
     train.set_defaults(command=_train)
 
     export = commands.add_parser(
@@ -129,7 +131,6 @@ def _train(arguments: argparse.Namespace) -> None:
         precision=arguments.precision,
         seed=arguments.seed,
     )
-    sampler_class = _sampler_class(arguments.samples_from, "DDIMSampler") if arguments.samples_from else None
     images, _ = datasets.load_mnist("train")
     test_images, _ = datasets.load_mnist("test")
     torch.manual_seed(arguments.seed)
@@ -162,12 +163,9 @@ def _train(arguments: argparse.Namespace) -> None:
             f"test loss {epoch.test_loss:.5f}, {minutes:.1f} min",
             flush=True,
         )
-        if sampler_class is not None:
-            sampler = sampler_class(epoch.model, schedule)
-            x_T = torch.randn(64, 1, 28, 28, generator=torch.Generator().manual_seed(0)).to(arguments.device)
-            samples = sampler.sample(
-                tuple(x_T.shape), timesteps=sampler.create_timestep_schedule(min(50, arguments.timesteps)), x_T=x_T
-            )
+        if arguments.samples_from is not None:
+            draw = _sampler(arguments.samples_from, "ddim", epoch.model, schedule, min(50, arguments.timesteps))
+            samples = draw(torch.randn(64, 1, 28, 28, generator=torch.Generator().manual_seed(0)).to(arguments.device))
             save_image_grid(arguments.out / "samples" / f"epoch_{epoch.epoch:03d}.png", samples)
     print(f"finished; the model is {arguments.out / 'checkpoints' / 'model_latest.safetensors'}")
 
@@ -204,13 +202,30 @@ def _train_classifier(arguments: argparse.Namespace) -> None:
     np.savez(arguments.out / "mnist-features.npz", mean=mean.numpy(), cov=cov.numpy(), num_images=len(images))
 
 
-def _sampler_class(notebook: Path, name: str):
+def _sampler(
+    notebook: Path, method: str, model: UNet, schedule: NoiseSchedule, num_steps: int = 50, eta: float = 0.0
+) -> Callable[[Tensor], Tensor]:
+    """What a notebook of Lab 4 or Lab 5 makes of x_T, by "ddpm" or "ddim"."""
     from difflab.notebook import load_notebook
 
+    if method == "ddim" and num_steps > schedule.num_timesteps:
+        raise ValueError(f"--num-steps {num_steps} is more than the {schedule.num_timesteps} timesteps there are")
     namespace = load_notebook(notebook)
-    if name not in namespace:
-        raise ValueError(f"{notebook} defines no class {name}; give a notebook in which it is written")
-    return namespace[name]
+    name = {"ddpm": "DDPMSampler", "ddim": "DDIMSampler"}[method]
+    if name in namespace:
+        sampler = namespace[name](model, schedule)
+        keywords = {}
+        if method == "ddim":
+            keywords = {"timesteps": sampler.create_timestep_schedule(num_steps), "eta": eta}
+        return lambda x_T: sampler.sample(tuple(x_T.shape), x_T=x_T, **keywords)
+    if "Diffusion" not in namespace:
+        raise ValueError(f"{notebook} defines neither {name} nor Diffusion; give a notebook in which one is written")
+    if eta:
+        raise ValueError(f"the class Diffusion in {notebook} knows no --eta; give a notebook of Lab 5")
+    diffusion = namespace["Diffusion"](model, schedule)
+    if method == "ddpm":
+        return lambda x_T: diffusion.ddpm_sample(tuple(x_T.shape), x_T=x_T)
+    return lambda x_T: diffusion.ddim_sample(tuple(x_T.shape), num_steps, x_T=x_T)
 
 
 def _sample(arguments: argparse.Namespace) -> None:
@@ -226,13 +241,7 @@ def _sample(arguments: argparse.Namespace) -> None:
     if arguments.method == "ddpm" and (arguments.num_steps is not None or arguments.eta):
         raise ValueError("--num-steps and --eta belong to --method ddim; ddpm always takes every timestep")
     model, schedule = _checkpoint(arguments)
-    sampler = _sampler_class(arguments.notebook, {"ddpm": "DDPMSampler", "ddim": "DDIMSampler"}[arguments.method])(
-        model, schedule
-    )
-    keywords = {}
-    if arguments.method == "ddim":
-        keywords["timesteps"] = sampler.create_timestep_schedule(num_steps)
-        keywords["eta"] = arguments.eta
+    draw = _sampler(arguments.notebook, arguments.method, model, schedule, num_steps, arguments.eta)
 
     torch.manual_seed(arguments.seed)
     rng = torch.Generator().manual_seed(arguments.seed)
@@ -244,7 +253,7 @@ def _sample(arguments: argparse.Namespace) -> None:
         start = time.perf_counter()
         for size in tqdm(sizes, unit="batch", disable=len(sizes) == 1):
             x_T = torch.randn(size, 1, 28, 28, generator=rng).to(arguments.device)
-            batches.append(sampler.sample(tuple(x_T.shape), x_T=x_T, **keywords).cpu())
+            batches.append(draw(x_T).cpu())
         synchronize(arguments.device)
         seconds = time.perf_counter() - start
     samples = torch.cat(batches)
@@ -294,9 +303,13 @@ def _evaluate(arguments: argparse.Namespace) -> None:
 
 
 def _quality_table(arguments: argparse.Namespace) -> None:
+    from difflab.notebook import load_notebook
     from difflab.quality_table import draw_rows, to_markdown
 
-    samplers = {method: _sampler_class(arguments.notebook, f"{method.upper()}Sampler") for method in ("ddpm", "ddim")}
+    namespace = load_notebook(arguments.notebook)
+    samplers = {method: namespace.get(f"{method.upper()}Sampler") for method in ("ddpm", "ddim")}
+    if None in samplers.values():
+        raise ValueError(f"{arguments.notebook} does not define both DDPMSampler and DDIMSampler; give one of Lab 5")
     model, schedule = _checkpoint(arguments)
     if schedule.num_timesteps != 1000:
         raise ValueError(f"the table is about networks with 1000 timesteps; this one has {schedule.num_timesteps}")

@@ -2,18 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
-
-class Mutant(NamedTuple):
-    """`old` becomes `new` in the code of one exercise; `fails` maps the checks that must fail to part of their hint."""
-
-    name: str
-    exercise: str
-    old: str
-    new: str
-    fails: dict[str, str]
-
+from tests.accuracy import Mutant
 
 _DDIM_X0 = "return (x_t - (1 - alpha_bar).sqrt() * eps) / alpha_bar.sqrt()"
 _MEAN = "return (x_t - beta / (1 - alpha_bar).sqrt() * predicted_noise) / alpha.sqrt()"
