@@ -54,7 +54,9 @@ FUNCTIONS = ["linear_betas", "prior_mismatch", "time_embedding", "noise_predicti
 
 @pytest.mark.parametrize("answer", EMPTY)
 def test_no_check_passes_on_an_empty_answer(answer, student, check_here):
-    results = check_here(answer_all(student(LAB), answer, METHODS, FUNCTIONS), LAB)
+    notebook = answer_all(student(LAB), answer, METHODS, FUNCTIONS)
+    notebook.cells[-1].source += "\nEMA.__init__ = lambda self, *args, **kwargs: None"
+    results = check_here(notebook, LAB)
     assert len(results) == len(checks_of(LAB))
     style = results.pop("training_style")  # reads the cells, in which the stubs still stand
     assert style.status == "todo"
