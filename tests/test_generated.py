@@ -6,6 +6,7 @@ import nbformat
 import pytest
 
 from autograder.authoring import release_notebook, rubric, scripts, solution_notebook, without_outputs
+from autograder.checks.runner import checks_of
 from tests.attacks.attacks import ATTACKS
 from tests.lab05.mutants import MUTANTS
 
@@ -33,6 +34,12 @@ def test_student_notebook_is_fresh_and_holds_no_solution(script, course):
     notebook = nbformat.reads(text, as_version=4)
     stubs = [c for c in notebook.cells if c.metadata.get("nbgrader", {}).get("solution")]
     assert stubs and all("raise NotImplementedError" in c.source for c in stubs)
+
+
+def test_every_check_has_a_name_of_its_own():
+    """`check("name")` in a notebook finds its lab by the name alone."""
+    names = [name for script in SCRIPTS for name in checks_of(script.stem)]
+    assert len(names) == len(set(names)), [name for name in names if names.count(name) > 1]
 
 
 def test_rubric_is_fresh(course):
