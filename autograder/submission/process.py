@@ -79,15 +79,16 @@ class WorkerProcess:
     def _start(self) -> None:
         ours, theirs = socket.socketpair()
         self._user = user = self.sandbox.new_user()
-        self._folder = tempfile.mkdtemp(prefix="submission-")
-        if user is not None:
-            os.chown(self._folder, user, user)
+        self._folder: str | None = None  # a forked worker has its folders in memory
         memory, processes = self.limits.memory, self.limits.processes + (count_threads() if user is None else 0)
         self._socket, self._stderr, self._process = ours, bytearray(), None
         if self._server is not None:
             root = self._server.fork(ours, theirs, user, memory, processes)
             find = functools.partial(family, root)
         else:
+            self._folder = tempfile.mkdtemp(prefix="submission-")
+            if user is not None:
+                os.chown(self._folder, user, user)
             command = [sys.executable, "-I", "-m", "autograder.submission.worker", str(theirs.fileno())]
             self._process = process = subprocess.Popen(
                 self.sandbox.command([*command, str(memory), str(processes)], user),
@@ -141,7 +142,8 @@ class WorkerProcess:
         if self._process is not None:
             self._process.kill()
             self._process.wait()
-        shutil.rmtree(self._folder, ignore_errors=True)
+        if self._folder is not None:
+            shutil.rmtree(self._folder, ignore_errors=True)
 
     def __enter__(self) -> WorkerProcess:
         return self
