@@ -654,15 +654,23 @@ def as_lists(records):
     return [record["num_steps"] for record in records], [record["seconds"] for record in records]
 
 
-a40 = [{"run": k + 1, "num_steps": n, "seconds": s} for k in range(2) for n, both in A40_SECONDS.items() for s in [both[k]]]
+a40 = [
+    {"run": k + 1, "num_steps": n, "seconds": s} for k in range(2) for n, both in A40_SECONDS.items() for s in [both[k]]
+]
 medians = {n: statistics.median(both) for n, both in A40_SECONDS.items()}
 for many, few in ((100, 50), (50, 10)):
     saved = medians[many] - medians[few]
     print(f"from {many} to {few} steps: steps divided by {many / few:.2f}, time by {medians[many] / medians[few]:.2f}; "
           f"{1000 * saved / (many - few):.1f} ms saved for each step left out")  # fmt: skip
 line, bend = fit_affine(*as_lists(a40)), decide(*as_lists(a40))
-print(f"\nseconds = {line['intercept']:.3f} + {line['slope']:.4f} N, deviation {line['residual_std']:.4f} s, n = {line['n']}")
-print("95 % intervals: intercept {:.3f} … {:.3f}, slope {:.4f} … {:.4f}".format(*line["intercept_interval"], *line["slope_interval"]))
+print(
+    f"\nseconds = {line['intercept']:.3f} + {line['slope']:.4f} N, deviation {line['residual_std']:.4f} s, n = {line['n']}"
+)
+print(
+    "95 % intervals: intercept {:.3f} … {:.3f}, slope {:.4f} … {:.4f}".format(
+        *line["intercept_interval"], *line["slope_interval"]
+    )
+)
 print("curvature {:.1e}, interval {:.1e} … {:.1e}".format(bend["curvature"], *bend["curvature_interval"]))
 print(f"log-log slope {log_log_slope(*as_lists(a40)):.3f}; decision: {bend['law']}")
 
@@ -681,8 +689,14 @@ print(f"log-log slope {log_log_slope(*as_lists(a40)):.3f}; decision: {bend['law'
 records = protocol + [record | {"run": record["run"] + 2} for record in sweep]  # five runs in all
 steps, seconds = as_lists(records)
 fit, decision, exponent = fit_affine(steps, seconds), decide(steps, seconds), log_log_slope(steps, seconds)
-print(f"{here}: seconds = {fit['intercept']:.3f} + {fit['slope']:.4f} N, deviation {fit['residual_std']:.3f} s, n = {fit['n']}")
-print("95 % intervals: intercept {:.3f} … {:.3f}, slope {:.4f} … {:.4f}".format(*fit["intercept_interval"], *fit["slope_interval"]))
+print(
+    f"{here}: seconds = {fit['intercept']:.3f} + {fit['slope']:.4f} N, deviation {fit['residual_std']:.3f} s, n = {fit['n']}"
+)
+print(
+    "95 % intervals: intercept {:.3f} … {:.3f}, slope {:.4f} … {:.4f}".format(
+        *fit["intercept_interval"], *fit["slope_interval"]
+    )
+)
 print("curvature {:.1e}, interval {:.1e} … {:.1e}".format(decision["curvature"], *decision["curvature_interval"]))
 print(f"log-log slope {exponent:.3f}; decision: {decision['law']}")
 print(f"so 1000 steps would take {fit['intercept'] + 1000 * fit['slope']:.1f} s, if the line goes on like this")
@@ -744,6 +758,7 @@ def split_step_cost(
     Returns:
         A dict of plain numbers, in seconds: "step", "network", "sampler" and "fixed" as above.
     """
+
     # TODO: four medians, and the formulas above.
     ### BEGIN SOLUTION
     def tau(run, n):
@@ -823,7 +838,9 @@ check("batch_cost")
 # %% tags=["demo", "nbval-ignore-output"]
 batches = batch_cost(lambda size: generate(model, schedule, 4, num_images=size), [1, 2, 5, 10, 20])
 for row in batches:
-    print(f"{row['batch_size']:3d} at once, 4 steps: {row['seconds']:.3f} s, {1000 * row['seconds_per_image']:.1f} ms an image")
+    print(
+        f"{row['batch_size']:3d} at once, 4 steps: {row['seconds']:.3f} s, {1000 * row['seconds_per_image']:.1f} ms an image"
+    )
 batch_figure = plots.curves(
     {"4 steps": ([r["batch_size"] for r in batches], [1000 * r["seconds_per_image"] for r in batches])},
     "images at once", "ms an image", f"Time for an image against batch size, {device}", xscale="log",
@@ -883,7 +900,9 @@ print(f"n = {NUM_IMAGES} images, all from one noise")
 for row in quality_rows:
     print(f"{row['num_steps']:3d} steps: Fréchet {row['frechet']:6.1f}, recognised {100 * row['recognised']:3.0f} %, "
           f"{row['distance']:.3f} from {max(r['num_steps'] for r in quality_rows)} steps")  # fmt: skip
-plots.show_images({f"{n} steps": generate(model, schedule, n) for n in (3, 5, 10, 20)}, title="One noise, four step counts")
+plots.show_images(
+    {f"{n} steps": generate(model, schedule, n) for n in (3, 5, 10, 20)}, title="One noise, four step counts"
+)
 
 # %% tags=["demo", "nbval-ignore-output"]
 quality_figure = plots.curves(
@@ -934,6 +953,7 @@ def markdown_table(rows: list[dict], columns: dict[str, str]) -> str:
         The table: a line of headings, a line of dashes, a line for each row. Ints and strings stand as they are, floats
         with at least three significant digits; cells and headings show as plain text, whatever characters they hold.
     """
+
     # TODO: a line for each row; take care of |, line breaks and markup.
     ### BEGIN SOLUTION
     def cell(value):
@@ -989,6 +1009,7 @@ def build_report(study: dict) -> str:
     Returns:
         The report, with the sections and the contents of the table above.
     """
+
     # TODO: section by section; markdown_table does most of it.
     ### BEGIN SOLUTION
     def named(values):
@@ -1137,9 +1158,7 @@ def conclusion() -> str:
     """The conclusions of this experiment, in plain sentences; your report quotes them."""
     # TODO: your text, with your numbers.
     ### BEGIN SOLUTION
-    return (
-        "CONCLUSION"
-    )
+    return "CONCLUSION"
     ### END SOLUTION
 
 
