@@ -25,7 +25,7 @@ def _interval(estimate, error, t) -> torch.Tensor:
 
 
 def _steps(rng, distinct: int, repeats: int) -> torch.Tensor:
-    counts = torch.randperm(120, generator=rng)[:distinct] + 2
+    counts = torch.randperm(110, generator=rng)[:distinct] + 12
     return counts.repeat(repeats)[torch.randperm(distinct * repeats, generator=rng)].double()
 
 

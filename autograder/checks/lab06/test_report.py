@@ -317,7 +317,7 @@ def test_report_html(submission, rng):
         f'## {words[5]}\n\n<script>alert("{words[6]}")</script>\n\nAnd <b onclick="x()">{words[7]}</b>, '
         '<img src="https://example.org/a.png">, [text](javascript:alert(1)), [link](https://example.org/).\n'
     )
-    title = f"{words[0]} & <b>{words[1]}</b>"
+    title = f"{words[0]} & {words[1]} </title><b>"
     text = _text(submission.report_html(markdown, title), "report_html")
     if not text.lstrip().lower().startswith("<!doctype html>"):
         expect.fail("a web page begins with <!doctype html>, and goes on with <html>, <head> and <body>.")

@@ -3,7 +3,6 @@
 from autograder.checks import graded
 from autograder.checks.lab06 import test_analysis as analysis
 from autograder.checks.lab06 import test_costs as costs
-from autograder.checks.lab06 import test_pipeline as pipeline
 from autograder.checks.lab06 import test_report as report
 from autograder.checks.lab06 import test_stopwatch as stopwatch
 from autograder.checks.style import hold_style
@@ -17,7 +16,6 @@ EXERCISES = {
 QUICK = {
     "time_call": stopwatch.test_time_call,
     "summarise": stopwatch.test_summarise,
-    "ddim_sample": pipeline.test_ddim_for_timing,
     "fit_affine": analysis.test_fit_affine,
     "log_log_slope": analysis.test_log_log_slope,
     "batch_cost": costs.test_batch_cost,
