@@ -41,7 +41,7 @@
 # time in seconds, and `synchronize`, a function that returns when the device has finished everything it was given. Always
 # use these two; the defaults are right for your machine.
 
-# %% given="setup"
+# %% given="setup" tags=["nbval-ignore-output"]
 import html
 import random
 import re

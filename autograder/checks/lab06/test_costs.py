@@ -63,7 +63,9 @@ def test_split_step_cost(submission, rng):
     mistakes = {
         "the mean in place of the median": split(means),
         "a clock that does not wait for the device (pass synchronize on)": 0.1 * right,
-        "τ(2N)/2N for a step, with the fixed cost in it,": torch.tensor([step, step - free, free, tau[kinds[0]] - n * step]),
+        "τ(2N)/2N for a step, with the fixed cost in it,": torch.tensor(
+            [step, step - free, free, tau[kinds[0]] - n * step]
+        ),
         "τ(2N)/2N for the whole step, with the fixed cost in it,": _with_step(right, step, n),
         "τ(N)/N for a step, with the fixed cost in it,": torch.tensor([one, one - one_free, one_free, 0.0]),
         "τ(N)/N for the whole step, with the fixed cost in it,": _with_step(right, one, n),
@@ -97,9 +99,7 @@ def test_batch_cost(submission, rng):
         rows = expect.tensors(rows, f"batch_cost with {len(sizes)} sizes", len(sizes))
         calls = 1 + repeats.get("repeats", 3)
         if set(device.asked) != set(sizes):
-            expect.fail(
-                f"work should be called with the sizes {sizes}; it was called with {list(set(device.asked))}."
-            )
+            expect.fail(f"work should be called with the sizes {sizes}; it was called with {list(set(device.asked))}.")
         keys = ("batch_size", "seconds", "seconds_per_image")
         for row in rows:
             hold_record(row, keys, "a row of batch_cost")

@@ -121,12 +121,17 @@ def test_quality_against_steps(submission, rng):
     runs = _drawn(network, schedule)
     for _, x_T, _ in runs:
         if x_T.shape != (num_images, *PICTURE):
-            expect.fail(f"{num_images} images should be drawn for each step count, all together; found {list(x_T.shape)}.")
+            expect.fail(
+                f"{num_images} images should be drawn for each step count, all together; found {list(x_T.shape)}."
+            )
         if not torch.equal(x_T, runs[0][1]):
             expect.fail("all step counts should start from one noise: pass the same seed to generate every time.")
     drawn = {num_steps: clean for num_steps, _, clean in runs}
     # Where the student's generate is wrong, and its points are lost, the images are those that it draws.
-    candidates = [drawn if set(drawn) == set(counts) else None, _own_images(submission, network, schedule, counts, num_images, seed)]
+    candidates = [
+        drawn if set(drawn) == set(counts) else None,
+        _own_images(submission, network, schedule, counts, num_images, seed),
+    ]
     problems = []
     for pictures in candidates:
         try:
@@ -135,7 +140,9 @@ def test_quality_against_steps(submission, rng):
         except expect.CheckFailed as problem:
             problems.append(problem)
     if candidates[0] is None:
-        expect.fail(f"images should be drawn with {sorted(counts)} steps; the network was asked for runs of {sorted(drawn)} steps.")
+        expect.fail(
+            f"images should be drawn with {sorted(counts)} steps; the network was asked for runs of {sorted(drawn)} steps."
+        )
     raise problems[0]
 
 
@@ -168,7 +175,9 @@ def _hold_quality(rows, counts, pictures):
     for row, num_steps in zip(rows, counts):
         hold_record(row, keys, f"the row of {num_steps} steps")
         if row["num_steps"] != num_steps:
-            expect.fail(f"the rows should stand in the order of step_counts, {counts}; found {row['num_steps']!r:.40} for {num_steps}.")
+            expect.fail(
+                f"the rows should stand in the order of step_counts, {counts}; found {row['num_steps']!r:.40} for {num_steps}."
+            )
         got = {key: expect.tensor(row[key], f'"{key}" with {num_steps} steps', ()).double() for key in keys}
 
         def rms(other, here=pictures[num_steps]):
@@ -185,6 +194,15 @@ def _hold_quality(rows, counts, pictures):
         expect.close(got["distance"], rms(longest), f'"distance" {where}', mistakes, 1e-3, 1e-4)
         # An image that the classifier is just 90 % sure of may count or not.
         mistakes = {"per cent in place of a fraction": torch.tensor(100 * measured[num_steps].recognised)}
-        expect.close(got["recognised"], torch.tensor(measured[num_steps].recognised), f'"recognised" {where}', mistakes, 0, 1.5 / len(longest))
+        expect.close(
+            got["recognised"],
+            torch.tensor(measured[num_steps].recognised),
+            f'"recognised" {where}',
+            mistakes,
+            0,
+            1.5 / len(longest),
+        )
         mistakes = {"the images of the longest run": torch.tensor(measured[max(counts)].frechet)}
-        expect.close(got["frechet"], torch.tensor(measured[num_steps].frechet), f'"frechet" {where}', mistakes, 1e-2, 1e-2)
+        expect.close(
+            got["frechet"], torch.tensor(measured[num_steps].frechet), f'"frechet" {where}', mistakes, 1e-2, 1e-2
+        )
