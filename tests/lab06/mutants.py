@@ -23,7 +23,7 @@ MUTANTS = [
         "run_order",
         _SHUFFLE,
         "sorted(step_counts, key=lambda n: 0 * rng.random())",
-        {"run_order": "one and the same order"},
+        {"run_order": "is it shuffled"},
     ),
     Mutant(
         "one order for all runs",
@@ -100,7 +100,13 @@ MUTANTS = [
     ),
     Mutant("milliseconds", "time_call", "clock() - start", "1000 * (clock() - start)", {"time_call": "milliseconds"}),
     Mutant("start minus stop", "time_call", "clock() - start", "start - clock()", {"time_call": "wrong order"}),
-    Mutant("no repeats accepted", "time_call", "repeats < 1 or warmup < 0", "warmup < 0", {"time_call": "repeats = 0"}),
+    Mutant(
+        "no repeats accepted",
+        "time_call",
+        "if repeats < 1 or warmup < 0:",
+        "if warmup < 0:",
+        {"time_call": "repeats = 0"},
+    ),
     Mutant(
         "mean for median",
         "summarise",
@@ -516,7 +522,7 @@ MUTANTS = [
         "report_table",
         ":.4g",
         ":.2f",
-        {"report_table": "three significant digits", "report_markdown": "three significant digits"},
+        {"report_table": "three significant digits", "report_markdown": "should show"},
     ),
     Mutant(
         "no dashes",
@@ -525,7 +531,9 @@ MUTANTS = [
         "",
         {"report_table": "a line of dashes", "report_markdown": "a table should have a row"},
     ),
-    Mutant("all keys", "report_table", "[row[key] for key in columns]", "list(row.values())", {"report_table": ""}),
+    Mutant(
+        "all keys", "report_table", "[row[key] for key in columns]", "list(row.values())", {"report_table": "one table"}
+    ),
     Mutant(
         "headings too small",
         "report_markdown",
@@ -581,7 +589,7 @@ MUTANTS = [
         "report_markdown",
         'f"{value:.4g} s"',
         'f"{value:.3f} s"',
-        {"report_markdown": '"sampler" of split'},
+        {"report_markdown": " of split, in a table"},
     ),
     Mutant("no quality", "report_markdown", 'study["quality"],', "[],", {"report_markdown": "from `quality`"}),
     Mutant("HTML comes alive", "report_html", "escape=True", "escape=False", {"report_html": "run nothing"}),

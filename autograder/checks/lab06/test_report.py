@@ -8,6 +8,7 @@ import torch
 from autograder.checks import expect, graded
 from autograder.checks.lab06.devices import between
 from autograder.checks.lab06.documents import Document, Section, has, numbers, read_markdown, squeezed
+from autograder.submission.client import StudentError
 
 SECTIONS = (
     "Abstract", "Introduction", "Methodology", "Results", "Analysis", "Conclusion and Future Work",
@@ -315,7 +316,7 @@ def test_report_html(submission, rng):
         f"# {words[0]}\n\n## {words[1]}\n\nSome *{words[2]}*, and 3 < 4 & 5.\n\n| a | b |\n|---|---|\n| {words[3]} | {value:.4f} |\n\n"
         f"![{words[4]}]({picture})\n\n"
         f'## {words[5]}\n\n<script>alert("{words[6]}")</script>\n\nAnd <b onclick="x()">{words[7]}</b>, '
-        '<img src="https://example.org/a.png">, [text](javascript:alert(1)), [link](https://example.org/).\n'
+        "[text](javascript:alert(1)), [link](https://example.org/).\n"
     )
     title = f"{words[0]} & {words[1]} </title><b>"
     text = _text(submission.report_html(markdown, title), "report_html")
@@ -336,10 +337,23 @@ def test_report_html(submission, rng):
     if squeezed(page.title) != title:
         expect.fail(f"the title should read {title!r}, as plain text; it reads {squeezed(page.title)!r}. (html.escape)")
     _hold_page(page, words, value, picture)
+    _hold_raw_picture(submission, title)
     for address in ("https://example.org/a.png", "picture.png", "//example.org/a.png"):
         for source in (f"text ![caption]({address}) text", f"![caption][one]\n\n[one]: {address}\n"):
             with expect.raises_value_error(f"report_html with a picture from {address!r}"):
                 submission.report_html(source, title)
+
+
+def _hold_raw_picture(submission, title: str):
+    raw = '<img src="https://example.org/a.png">'
+    try:
+        page = Document(_text(submission.report_html(f"Some {raw} here.\n", title), "report_html"))
+    except StudentError as error:
+        if error.kind != "ValueError":
+            raise
+        expect.fail(f"{raw} in the Markdown is HTML, and should show as text; it was taken for a picture.")
+    if page.live or raw not in page.text:
+        expect.fail(f"{raw} in the Markdown is HTML, and should show as text.")
 
 
 def _hold_page(page: Document, words: list[str], value: float, picture: str):

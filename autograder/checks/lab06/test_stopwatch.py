@@ -38,17 +38,17 @@ def test_run_order(submission, rng):
             expect.fail(
                 "equal seeds should give equal orders; draw from a generator made of `seed`, as random.Random(seed)."
             )
+    orders_of = [Counter(tuple(orders[run]) for orders in drawn) for run in range(2)]
+    if any(len(found) == 1 for found in orders_of):
+        expect.fail("the order is the same for every seed: is it shuffled, and does `seed` reach the generator?")
     if all(one == two for one, two in drawn):
         expect.fail("all runs have one and the same order; shuffle each run on its own.")
-    for run in range(2):
-        found = Counter(tuple(orders[run]) for orders in drawn)
-        if len(found) == 1:
-            expect.fail("the order is the same for every seed: is it shuffled, and does `seed` reach the generator?")
-        # Of 300, 50 are expected of each of the 6 orders, with a standard deviation of 6.5; 6.1 of these are 40.
-        if any(abs(found[order] - 50) > 41 for order in permutations(counts)):
+    for found in orders_of:
+        # Of 300, 50 are expected of each of the 6 orders, with a standard deviation of 6.5; the tails are skewed.
+        if any(abs(found[order] - 50) > 48 for order in permutations(counts)):
             expect.fail("all orders of a run should be equally likely; some come far too often, or never.")
     together = sum(one == two for one, two in drawn)
-    if abs(together - 50) > 41:
+    if abs(together - 50) > 48:
         expect.fail("the orders of two runs depend on each other; shuffle each run on its own.")
 
 
