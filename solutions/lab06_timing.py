@@ -724,6 +724,12 @@ residual_figure = plots.curves(
 )  # fmt: skip
 residual_figure
 
+# %% [markdown] given="residual_answer"
+# Two things to look for. Do the leftovers bend, low at both ends and high in the middle, or the other way round? That is
+# what the curvature measures. And do they grow with $N$? Least squares takes all measurements for equally uncertain. If
+# a long run scatters by more milliseconds than a short one, the interval of the intercept comes out wider than it need be,
+# and a small fixed cost drowns in it: "linear" then means *too small to be seen from here*.
+
 # %% [markdown] given="part4"
 # ---
 # ## Part 4 · Where the time goes, and what it buys
@@ -1039,8 +1045,8 @@ def build_report(study: dict) -> str:
     split = {name: f"{value:.4g} s" for name, value in study["split"].items()}
     sections = {
         "Abstract": f"We measured how long it takes to draw images with {counts[0]} to {counts[-1]} DDIM steps on {device} "
-        f"({fit['n']} measurements). Time is **{decision['law']}** in the number of steps: {fit['intercept']:.4g} s and "
-        f"{fit['slope']:.4g} s for each step.",
+        f"({fit['n']} measurements). Time is **{decision['law']}** in the number of steps: {fit['intercept']:.4g} s once "
+        f"and {fit['slope']:.4g} s for each step.",
         "Introduction": study["hypothesis"],
         "Methodology": named(study["method"]),
         "Results": "\n\n".join(
