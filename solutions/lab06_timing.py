@@ -930,6 +930,10 @@ quality_figure
 #
 # A report whose numbers are typed by hand goes stale with the next run. Yours is *built*: one cell turns measurements into
 # text, tables and figures, and can do it again tomorrow, or on another machine.
+#
+# The project report has an appendix, too: the paths of a workspace, and the news that a shell was set up. Nothing in it
+# would help anybody to repeat the experiment, or to doubt it. Yours holds what does: every single measurement, in the order
+# in which it was made, and the machine and software it was made with.
 
 # %% [markdown] given="report_table_text"
 # ### 5.1 A table
