@@ -64,6 +64,7 @@ def _parser() -> argparse.ArgumentParser:
     run.set_defaults(command=_gradescope_run)
 
     build = commands.add_parser("build", help="build every notebook and the rubric from solutions/*.py")
+    build.add_argument("labs", nargs="*", metavar="LAB", help="only these (default: all)")
     build.add_argument("--no-execute", action="store_true", help="keep the outputs that are there")
     build.set_defaults(command=_build)
 
@@ -187,7 +188,7 @@ def format_report(report: Report) -> str:
 def _build(arguments: argparse.Namespace) -> None:
     from autograder.authoring import build_all
 
-    build_all(execute_all=not arguments.no_execute)
+    build_all(execute_all=not arguments.no_execute, labs=arguments.labs)
 
 
 def _rubric(_arguments: argparse.Namespace) -> None:

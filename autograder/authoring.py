@@ -18,6 +18,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Collection
 from pathlib import Path
 
 import nbformat
@@ -128,10 +129,21 @@ def without_outputs(notebook: NotebookNode) -> list[tuple]:
     return [(c.cell_type, c["id"], c.source, dict(c.metadata)) for c in notebook.cells]
 
 
-def build_all(course: Path = COURSE, execute_all: bool = True) -> None:
-    """Write every solution notebook (executed, unless told to keep old outputs), student notebook, and the rubric."""
-    for script in scripts(course):
-        lab = script.stem
+def build_all(course: Path = COURSE, execute_all: bool = True, labs: Collection[str] = ()) -> None:
+    """Write every solution notebook (executed, unless told to keep old outputs), student notebook, and the rubric.
+
+    Args:
+        labs: only these; none for all.
+
+    Raises:
+        ValueError: for a lab that has no script.
+    """
+    known = {script.stem: script for script in scripts(course)}
+    if unknown := set(labs) - set(known):
+        raise ValueError(f"there is no lab {', '.join(sorted(unknown))}; the labs are {', '.join(known)}")
+    for lab, script in known.items():
+        if labs and lab not in labs:
+            continue
         target = course / "solutions" / lab / f"{lab}.ipynb"
         target.parent.mkdir(exist_ok=True)
         notebook = solution_notebook(script)

@@ -285,20 +285,22 @@ for name, some in {"as printed": NoiseSchedule.linear(300), "rescaled": NoiseSch
 # 20 minutes
 #
 # One network predicts the noise at every timestep, so it must be told which. The number $t$ is first spread over a
-# vector of sines and cosines of many wavelengths (Vaswani et al. 2017, section 3.5), then every block of the U-Net adds
-# it to its features.
+# vector of sines and cosines of many wavelengths (Vaswani et al. 2017, section 3.5), then every block of the U-Net mixes
+# it into its features.
 
 # %% [markdown] given="time_embedding_text"
 # ### 2.1 Time as a vector
 # 🟡 medium · 7 points · 6 min · under 1 CPU second
 #
-# With $h = \texttt{dim}/2$ frequencies $\omega_i = 10000^{-i/h}$, $i = 0,\dots,h-1$:
+# With $h = \texttt{dim}/2$ frequencies $\omega_i = 10000^{-i/h}$, $i = 0,\dots,h-1$, sine and cosine in turn as in that
+# paper (many programs put all cosines first; a network learns as well from either, but must be given one of them always):
 #
-# $$\mathrm{emb}(t) = [\cos\omega_0 t,\ \dots,\ \cos\omega_{h-1} t,\ \sin\omega_0 t,\ \dots,\ \sin\omega_{h-1} t].$$
+# $$\mathrm{emb}(t) = [\sin\omega_0 t,\ \cos\omega_0 t,\ \sin\omega_1 t,\ \cos\omega_1 t,\ \dots,\ \sin\omega_{h-1} t,\ \cos\omega_{h-1} t].$$
 #
 # <details><summary>Hint</summary>
 #
-# `t[:, None] * frequencies[None, :]` is a table of all products, `[B, h]`.
+# `t[:, None] * frequencies[None, :]` is a table of all products, `[B, h]`. A slice with a step, `table[:, 0::2]`, is every
+# other column.
 # </details>
 
 
@@ -311,7 +313,7 @@ def time_embedding(t: Tensor, dim: int) -> Tensor:
         dim: size of the embedding, even.
 
     Returns:
-        float32 tensor [B, dim], cosines in the first half, sines in the second.
+        float32 tensor [B, dim]: sine and cosine of each frequency in turn, the highest frequency first.
 
     Raises:
         ValueError: if dim is odd.
@@ -323,7 +325,7 @@ def time_embedding(t: Tensor, dim: int) -> Tensor:
     half = dim // 2
     frequencies = 10_000 ** (-torch.arange(half, device=t.device, dtype=torch.float32) / half)
     angles = t.float()[:, None] * frequencies
-    return torch.cat([angles.cos(), angles.sin()], dim=1)
+    return torch.stack([angles.sin(), angles.cos()], dim=2).flatten(1)
     ### END SOLUTION
 
 
@@ -332,13 +334,13 @@ check("time_embedding")
 
 # %% tags=["demo"]
 times = torch.arange(0, 300, 3)
-waves = time_embedding(times, 64)[:, 32:]
+waves = time_embedding(times, 64)[:, 0::2]
 plots.curves({f"i = {i}": (times.tolist(), waves[:, i].tolist()) for i in (4, 10, 16, 24)}, "t", "sin ω_i t")
 
 
 # %% given="residual_block_class"
 class ResidualBlock(nn.Module):
-    """Two 3x3 convolutions with a skip connection; the time embedding enters between them.
+    """Two 3x3 convolutions with a skip connection; the time embedding scales and shifts the features between them.
 
     Args:
         in_channels, out_channels: of the feature maps.
@@ -349,7 +351,7 @@ class ResidualBlock(nn.Module):
         super().__init__()
         self.norm1 = nn.GroupNorm(4, in_channels)
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
-        self.time = nn.Linear(embedding_dim, out_channels)
+        self.time = nn.Linear(embedding_dim, 2 * out_channels)
         self.norm2 = nn.GroupNorm(4, out_channels)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
         self.skip = nn.Identity() if in_channels == out_channels else nn.Conv2d(in_channels, out_channels, 1)
@@ -359,12 +361,19 @@ class ResidualBlock(nn.Module):
 # ### 2.2 A residual block
 # 🟡 medium · 8 points · 8 min · 1 CPU second
 #
-# The layers are there; write how the data flows, as in Ho et al. 2020 (appendix B):
+# The layers are there; write how the data flows. This is the block of Ho et al. 2020 (appendix B) with the time entering
+# as in Dhariwal and Nichol 2021 (section 3, "adaptive group normalization"):
 #
 # 1. `norm1`, SiLU, `conv1`;
-# 2. add `time(embedding)`, one number for each channel, the same at every pixel;
-# 3. `norm2`, SiLU, `conv2`;
+# 2. `norm2`, then $h \leftarrow h\,(1 + \text{scale}) + \text{shift}$: `time(embedding)` holds for each image the scales of
+#    all channels in its first half and the shifts in its second, the same at every pixel;
+# 3. SiLU, `conv2`;
 # 4. add the input, through `skip`, which changes its number of channels where needed.
+#
+# <details><summary>Hint</summary>
+#
+# `a, b = table.chunk(2, dim=1)` are the two halves of `[B, 2 C]`; `a[:, :, None, None]` fits `[B, C, H, W]`.
+# </details>
 
 
 # %% exercise="residual_block"
@@ -381,10 +390,10 @@ def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
     """
     # TODO: the four steps above; F.silu is the activation.
     ### BEGIN SOLUTION
+    scale, shift = self.time(embedding)[:, :, None, None].chunk(2, dim=1)
     h = self.conv1(F.silu(self.norm1(x)))
-    h = h + self.time(embedding)[:, :, None, None]
-    h = self.conv2(F.silu(self.norm2(h)))
-    return self.skip(x) + h
+    h = self.norm2(h) * (1 + scale) + shift
+    return self.skip(x) + self.conv2(F.silu(h))
     ### END SOLUTION
 
 
@@ -393,8 +402,8 @@ check("residual_block")
 
 # %% [markdown] given="unet_text"
 # A U-Net is such blocks on the way down (each level halves height and width), in the middle, and on the way up, where
-# each level also sees what the way down had at its size. `difflab.unet.UNet` puts them together; read it, it is 200
-# lines. Here is a small one, and what it has to learn: a trained network's error is far below 1, the error of always
+# each level also sees what the way down had at its size. `difflab.unet.UNet` puts them together (in its blocks the time
+# only shifts); read it, it is 200 lines. Here is a small one, and what it has to learn: a trained network's error is far below 1, the error of always
 # answering 0.
 
 # %% tags=["demo"]

@@ -7,9 +7,9 @@ import pytest
 import torch
 from nbformat.v4 import new_code_cell, new_notebook
 
-from difflab import datasets, metrics
+from difflab import datasets, metrics, training
 from difflab.__main__ import main
-from difflab.checkpoints import load_checkpoint, save_checkpoint
+from difflab.checkpoints import load_checkpoint, load_tensors, save_checkpoint, save_tensors
 from difflab.schedule import NoiseSchedule
 from difflab.unet import UNet
 
@@ -175,7 +175,7 @@ def test_nothing_is_overwritten_without_force(folder, capsys):
         (["--batch-size", "0"], "must be at least 1"),
         (["--num-steps", "0"], "must be at least 1"),
         (["--num-steps", "61"], "--num-steps 61 is more than the 60 timesteps there are"),
-        (["--num-steps", "5", "--out", "/proc/grid.png"], "'/proc/grid.png'"),
+        (["--out", "/proc/grid.png"], "cannot write to '/proc' ("),
         (["--checkpoint", "nothing.safetensors"], "no checkpoint at nothing.safetensors"),
         (["--checkpoint", "no-such-model"], "no-such-model.safetensors is not in "),
         (["--checkpoint", "broken.safetensors"], "broken.safetensors is not a readable safetensors file"),
@@ -241,6 +241,71 @@ def test_train_refuses_an_impossible_schedule(folder, capsys, monkeypatch):
         _train(monkeypatch, "--timesteps", "20"), capsys
     )
     assert not (folder / "run").exists()
+
+
+def test_train_finds_out_before_the_first_epoch(folder, capsys, monkeypatch):
+    """An hour of training must not be lost to what could be seen at once."""
+    (folder / "run").write_text("a file")
+    assert "cannot write to 'run/checkpoints' (Not a directory)" in _refused(_train(monkeypatch), capsys)
+    (folder / "run").unlink()
+    stub = "def stub(self, *args, **keywords):\n    raise NotImplementedError('write me')\nDDIMSampler.sample = stub"
+    _write_notebook(folder / "lab.ipynb", SAMPLERS, stub)
+    assert "is not finished: write me" in _refused(_train(monkeypatch, "--samples-from", "lab.ipynb"), capsys)
+    assert not (folder / "run").exists()
+
+
+def test_train_goes_on_or_starts_anew_but_mixes_nothing(folder, capsys, monkeypatch):
+    arguments = ["--timesteps", "60", "--epochs", "2"]
+    monkeypatch.setattr(training, "_save_state", _interrupt_after(training._save_state))
+    assert _train(monkeypatch, *arguments) == 130
+    assert "run the same command again to go on" in capsys.readouterr().err
+    monkeypatch.undo()
+    monkeypatch.chdir(folder)
+    assert _train(monkeypatch, *arguments) == 0
+    assert "epoch 1/2" not in (out := capsys.readouterr().out) and "epoch 2/2" in out
+    finished = (folder / "run/checkpoints/model_latest.safetensors").read_bytes()
+    for other, message in {
+        ("--timesteps", "300", "--epochs", "2"): "belongs to a run with another schedule",
+        ("--time-dim", "16", *arguments): "belongs to a run with another model",
+        ("--timesteps", "60", "--epochs", "3"): "belongs to a run with another config",
+    }.items():
+        assert message in (error := _refused(_train(monkeypatch, *other), capsys)) and "--force" in error
+    assert (folder / "run/checkpoints/model_latest.safetensors").read_bytes() == finished
+    assert _train(monkeypatch, "--timesteps", "300", "--force") == 0
+    assert load_checkpoint(folder / "run/checkpoints/model_latest.safetensors")[1].num_timesteps == 300
+
+
+def _interrupt_after(save_state):
+    def saved_and_stopped(*arguments):
+        save_state(*arguments)
+        raise KeyboardInterrupt
+
+    return saved_and_stopped
+
+
+def test_train_does_not_overwrite_a_checkpoint_of_another_origin(folder, capsys, monkeypatch):
+    (folder / "run/checkpoints").mkdir(parents=True)
+    (folder / "run/checkpoints/model_latest.safetensors").write_bytes((folder / "tiny.safetensors").read_bytes())
+    assert "already there; add --force to overwrite it" in _refused(_train(monkeypatch), capsys)
+    assert _train(monkeypatch, "--force") == 0
+
+
+@pytest.mark.parametrize("arguments", [["--timesteps", "300"], ["--timesteps", "60", "--channels", "16", "16"]])
+def test_train_starts_only_from_weights_of_its_own_kind(folder, capsys, monkeypatch, arguments):
+    error = _refused(_train(monkeypatch, *arguments, "--init", "tiny.safetensors"), capsys)
+    assert "--init tiny.safetensors holds another network or schedule" in error
+    assert not (folder / "run").exists()
+
+
+def test_sample_takes_the_timesteps_from_the_checkpoint(folder, capsys):
+    """Steps asked for are held against the network's own T, and weights against what their file says they are."""
+    save_checkpoint(folder / "short.safetensors", UNet((8, 8), time_dim=8), NoiseSchedule.scaled_linear(30))
+    status = _sample("--checkpoint", "short.safetensors", "--num-steps", "50")
+    assert "more than the 30 timesteps" in _refused(status, capsys)
+    tensors, header = load_tensors(folder / "tiny.safetensors")
+    header["config"]["channels"] = [16, 16]
+    save_tensors(folder / "other.safetensors", tensors, header)
+    assert "does not match the U-Net it describes" in _refused(_sample("--checkpoint", "other.safetensors"), capsys)
 
 
 @pytest.mark.parametrize(("arguments", "n"), [([], 6), (["--num", "4"], 4)])

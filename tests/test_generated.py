@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import re
+
 import nbformat
 import pytest
 
 from autograder.authoring import release_notebook, rubric, scripts, solution_notebook, without_outputs
 from autograder.checks.runner import checks_of
 from tests.attacks.attacks import ATTACKS
-from tests.lab05.mutants import MUTANTS
+from tests.lab04.mutants import MUTANTS as LAB04
+from tests.lab05.mutants import MUTANTS as LAB05
 
 SCRIPTS = scripts()
 STALE = "is stale: run `make notebooks` and commit what it writes"
@@ -46,9 +49,9 @@ def test_rubric_is_fresh(course):
     assert (course / "grading_rubric.md").read_text(encoding="utf-8") == rubric(), f"grading_rubric.md {STALE}"
 
 
-def test_points_of_lab05():
-    text = rubric()
-    assert "89 automatic and 11 manual points" in text
+def test_every_lab_is_a_hundred_points():
+    points = re.findall(r"(\d+) automatic and (\d+) manual points", rubric())
+    assert [sum(map(int, pair)) for pair in points] == [100] * len(SCRIPTS)
 
 
 def test_the_readme_says_what_is_there(course):
@@ -57,9 +60,11 @@ def test_the_readme_says_what_is_there(course):
         assert command in readme
     for path in ("docs/samplers.png", "grading_rubric.md", "data/README.md"):
         assert path in readme and (course / path).exists()
-    assert (
-        f"holds {len(ATTACKS)} attacks" in readme and f"{len(MUTANTS)} solutions with one realistic mistake" in readme
-    )
+    assert f"holds {len(ATTACKS)} attacks" in readme
+    assert f"{len(LAB04) + len(LAB05)} solutions with one realistic mistake each" in readme
+    assert f"({len(LAB04)} of Lab 4, {len(LAB05)} of Lab 5)" in readme
+    alternatives = len(list((course / "tests").glob("lab*/alternatives/*.py")))
+    assert f"{alternatives} correct solutions in other styles" in readme
 
 
 def test_every_file_of_data_is_described(course):

@@ -97,3 +97,10 @@ def test_the_table_survives_json_and_prints_every_figure(draw, tmp_path):
     assert f"{row.runs[0].frechet:.1f} / {row.runs[1].frechet:.1f}" in text
     assert row.frechet == pytest.approx((row.runs[0].frechet + row.runs[1].frechet) / 2)
     assert isinstance(table, QualityTable) and table.n == 6
+
+
+def test_the_table_that_is_shipped_is_whole():
+    table = quality_table()
+    assert table.n >= 2048 and len(table.rows) == len(module.ROWS)
+    assert {row.label for row in table.rows} == {row.label for row in module.ROWS}
+    assert all(len(row.runs) == 2 and row.seconds > 0 and run.n == table.n for row in table.rows for run in row.runs)

@@ -71,7 +71,7 @@ import torch
 class DDIMSampler:
     def __init__(self, model, schedule): pass
     def create_timestep_schedule(self, num_steps): return list(range(num_steps))[::-1]
-    def sample(self, shape, timesteps, x_T): return torch.zeros(shape)
+    def sample(self, shape, timesteps, eta, x_T): return torch.zeros(shape)
 """
 
 

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from difflab import datasets, metrics
 from difflab.checkpoints import load_checkpoint, save_checkpoint
-from difflab.paths import data_path
+from difflab.paths import data_path, ensure_writable
 from difflab.schedule import NoiseSchedule
 from difflab.timing import count_calls, synchronize
 from difflab.unet import UNet, low_precision
@@ -61,6 +61,7 @@ def _parser() -> argparse.ArgumentParser:
                        help="start a new run from these weights instead of random ones")  # fmt: skip
     train.add_argument("--samples-from", type=Path, default=None, metavar="NOTEBOOK",
                        help="draw a grid after each epoch with this notebook's DDIM sampler")  # fmt: skip
+    train.add_argument("--force", action="store_true", help="start anew where --out already holds a run")
     train.set_defaults(command=_train)
 
     export = commands.add_parser(
@@ -131,8 +132,6 @@ def _train(arguments: argparse.Namespace) -> None:
         precision=arguments.precision,
         seed=arguments.seed,
     )
-    images, _ = datasets.load_mnist("train")
-    test_images, _ = datasets.load_mnist("test")
     torch.manual_seed(arguments.seed)
     model = UNet(arguments.channels, arguments.time_dim)
     if arguments.init is not None:
@@ -141,6 +140,13 @@ def _train(arguments: argparse.Namespace) -> None:
             raise ValueError(f"--init {arguments.init} holds another network or schedule than this run's")
         model.load_state_dict(given.state_dict())
     model.to(arguments.device)
+    num_steps = min(50, arguments.timesteps)
+    if arguments.samples_from is not None:  # one step now: an exercise not written yet must not cost an epoch
+        draw = _sampler(arguments.samples_from, "ddim", model.eval(), schedule, 1)
+        draw(torch.randn(1, 1, 28, 28, device=arguments.device))
+    _claim_run(arguments.out, arguments.force)
+    images, _ = datasets.load_mnist("train")
+    test_images, _ = datasets.load_mnist("test")
     parameters = sum(p.numel() for p in model.parameters())
     print(f"{parameters:,} parameters, {schedule}, {len(images):,} images, {arguments.device}", flush=True)
 
@@ -164,10 +170,20 @@ def _train(arguments: argparse.Namespace) -> None:
             flush=True,
         )
         if arguments.samples_from is not None:
-            draw = _sampler(arguments.samples_from, "ddim", epoch.model, schedule, min(50, arguments.timesteps))
+            draw = _sampler(arguments.samples_from, "ddim", epoch.model, schedule, num_steps)
             samples = draw(torch.randn(64, 1, 28, 28, generator=torch.Generator().manual_seed(0)).to(arguments.device))
             save_image_grid(arguments.out / "samples" / f"epoch_{epoch.epoch:03d}.png", samples)
     print(f"finished; the model is {arguments.out / 'checkpoints' / 'model_latest.safetensors'}")
+
+
+def _claim_run(out: Path, force: bool) -> None:
+    """See that a run can be kept in `out`; one that is there is gone on with, or with `force` forgotten."""
+    state, model = (out / "checkpoints" / f"{name}.safetensors" for name in ("training_state", "model_latest"))
+    if force:
+        state.unlink(missing_ok=True)
+    elif model.exists() and not state.exists():
+        raise ValueError(f"{model} is already there; add --force to overwrite it, or give another --out")
+    ensure_writable(state.parent)
 
 
 def _export(arguments: argparse.Namespace) -> None:
@@ -240,6 +256,7 @@ def _sample(arguments: argparse.Namespace) -> None:
         raise ValueError("--num-samples, --batch-size and --num-steps must be at least 1")
     if arguments.method == "ddpm" and (arguments.num_steps is not None or arguments.eta):
         raise ValueError("--num-steps and --eta belong to --method ddim; ddpm always takes every timestep")
+    ensure_writable(arguments.out.parent)
     model, schedule = _checkpoint(arguments)
     draw = _sampler(arguments.notebook, arguments.method, model, schedule, num_steps, arguments.eta)
 

@@ -1,11 +1,12 @@
-"""Where the bundled data lie."""
+"""Where the bundled data lie, and where results may be written."""
 
 from __future__ import annotations
 
 import sysconfig
+import tempfile
 from pathlib import Path
 
-__all__ = ["data_path"]
+__all__ = ["data_path", "ensure_writable"]
 
 
 def data_path(name: str) -> Path:
@@ -19,3 +20,18 @@ def data_path(name: str) -> Path:
         if (folder / name).exists():
             return folder / name
     raise FileNotFoundError(f"{name} is not in {clone}; get the whole repository, data/ included")
+
+
+def ensure_writable(folder: str | Path) -> None:
+    """Make the folder, and see that a file can be written there: better before an hour's work than after it.
+
+    Raises:
+        OSError: if it cannot.
+    """
+    folder = Path(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise OSError(f"cannot write to {str(folder)!r} ({error.strerror}); give another --out") from None

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullLocator
 from torch import Tensor
 
 if TYPE_CHECKING:
@@ -135,6 +136,8 @@ def quality_curves(table: QualityTable, seconds: Mapping[int, float]) -> Figure:
         axes.set_xlabel("network calls")
         _plain_ticks(axes, counts)
         axes.grid(alpha=0.3)
+    for axes in (left, right):  # 20, not 2 × 10¹
+        axes.yaxis.set(major_locator=LogLocator(subs=(1, 2, 5)), major_formatter="{x:g}", minor_locator=NullLocator())
     left.legend(fontsize=7)
     middle.legend(fontsize=7)
     plt.close(figure)

@@ -197,7 +197,7 @@ def _restore(
         if header.get(key) != wanted:
             raise ValueError(
                 f"{path} belongs to a run with another {key} ({header.get(key)}, now {wanted}); "
-                "repeat the command it was started with, or choose another --out"
+                "repeat the command it was started with, choose another --out, or start anew there with --force"
             )
 
     def part(prefix: str) -> dict[str, Tensor]:

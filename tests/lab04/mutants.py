@@ -6,7 +6,8 @@ from tests.accuracy import Mutant
 
 _STEP = "return (1 - beta).sqrt() * x_prev + beta.sqrt() * torch.randn_like(x_prev)"
 _KL = "return 0.5 * (variance + alpha_bar * mean**2 - 1 - variance.log()).item()"
-_EMB = "return torch.cat([angles.cos(), angles.sin()], dim=1)"
+_EMB = "return torch.stack([angles.sin(), angles.cos()], dim=2).flatten(1)"
+_TIME = "h = self.norm2(h) * (1 + scale) + shift"
 _LOSS = "return F.mse_loss(model(x_t, t), noise)"
 _MEAN = "mean = (x_t - beta / (1 - now).sqrt() * eps) / alpha.sqrt()"
 _NOISE = "(beta * (1 - before) / (1 - now)).sqrt() * torch.randn_like(x_t)"
@@ -52,24 +53,33 @@ MUTANTS = [
     Mutant("mean left out", "prior_mismatch", "+ alpha_bar * mean**2", "", {"prior_mismatch": "mean left out"}),
     # -- network
     Mutant("sines first", "time_embedding", _EMB, "return torch.cat([angles.sin(), angles.cos()], dim=1)",
-           {"time_embedding": "sines before the cosines"}),
-    Mutant("in turn", "time_embedding", _EMB, "return torch.stack([angles.cos(), angles.sin()], 2).flatten(1)",
-           {"time_embedding": "in turn"}),
+           {"time_embedding": "all sines before all cosines"}),
+    Mutant("cosines first", "time_embedding", _EMB, "return torch.cat([angles.cos(), angles.sin()], dim=1)",
+           {"time_embedding": "all cosines before all sines"}),
+    Mutant("cosine before sine", "time_embedding", "[angles.sin(), angles.cos()]", "[angles.cos(), angles.sin()]",
+           {"time_embedding": "the cosine before the sine"}),
     Mutant("rising frequencies", "time_embedding", "(-torch.arange", "(torch.arange", {"time_embedding": "rise"}),
     Mutant("exponent over dim", "time_embedding", "dtype=torch.float32) / half", "dtype=torch.float32) / dim",
            {"time_embedding": "i/dim"}),
     Mutant("exponent over half - 1", "time_embedding", "dtype=torch.float32) / half",
            "dtype=torch.float32) / (half - 1)", {"time_embedding": "end at 1/10000"}),
     Mutant("odd dim accepted", "time_embedding", "if dim % 2:", "if False:", {"time_embedding": "odd dim"}),
-    Mutant("no skip", "residual_block", "return self.skip(x) + h", "return h",
+    Mutant("no skip", "residual_block", "return self.skip(x) + self.conv2(", "return self.conv2(",
            {"residual_block": "without the skip connection"}),
-    Mutant("skip without projection", "residual_block", "self.skip(x) + h", "x + h",
+    Mutant("skip without projection", "residual_block", "self.skip(x) + self", "x + self",
            {"residual_block": "RuntimeError"}),
-    Mutant("time unused", "residual_block", "h = h + self.time(embedding)[:, :, None, None]", "pass",
+    Mutant("time unused", "residual_block", _TIME, "h = self.norm2(h)",
            {"residual_block": "does not use the time embedding"}),
-    Mutant("time at the end", "residual_block", "    h = h + self.time(embedding)[:, :, None, None]\n"
-           "    h = self.conv2(F.silu(self.norm2(h)))", "    h = self.conv2(F.silu(self.norm2(h)))\n"
-           "    h = h + self.time(embedding)[:, :, None, None]", {"residual_block": "after the second convolution"}),
+    Mutant("scale without one", "residual_block", "(1 + scale)", "scale", {"residual_block": "in place of 1 + scale"}),
+    Mutant("halves exchanged", "residual_block", "scale, shift = self", "shift, scale = self",
+           {"residual_block": "scale and shift exchanged"}),
+    Mutant("only shifted", "residual_block", " * (1 + scale)", "", {"residual_block": "the shift without the scale"}),
+    Mutant("time before the norm", "residual_block", _TIME, "h = self.norm2(h * (1 + scale) + shift)",
+           {"residual_block": "before the second normalisation"}),
+    Mutant("time at the end", "residual_block", "self.norm2(h) * (1 + scale) + shift\n"
+           "    return self.skip(x) + self.conv2(F.silu(h))", "self.norm2(h)\n"
+           "    return self.skip(x) + self.conv2(F.silu(h)) * (1 + scale) + shift",
+           {"residual_block": "after the second convolution"}),
     Mutant("no first activation", "residual_block", "self.conv1(F.silu(self.norm1(x)))", "self.conv1(self.norm1(x))",
            {"residual_block": "first activation"}),
     Mutant("ReLU", "residual_block", "F.silu(self.norm1(x))", "F.relu(self.norm1(x))", {"residual_block": "off by"}),

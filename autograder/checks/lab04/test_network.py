@@ -1,4 +1,4 @@
-"""Part 2: the time embedding, and a residual block that uses it (Ho et al. 2020, appendix B)."""
+"""Part 2: the time embedding, and a residual block that uses it (Dhariwal and Nichol 2021, section 3)."""
 
 import torch
 import torch.nn.functional as F
@@ -10,7 +10,7 @@ from autograder.checks.oracles import images
 
 @graded(points=7, section="Network")
 def test_time_embedding(submission, rng):
-    """`time_embedding` gives dim/2 cosines, then dim/2 sines, of geometrically spaced frequencies."""
+    """`time_embedding` gives sine and cosine of dim/2 geometrically spaced frequencies in turn."""
     for dim in (32, 64, 2 * int(torch.randint(5, 40, (), generator=rng))):
         for t in (
             torch.tensor([1, 0, 2]),
@@ -25,13 +25,14 @@ def test_time_embedding(submission, rng):
 
             def embed(frequencies, times=times):
                 angles = times * frequencies
-                return torch.cat([angles.cos(), angles.sin()], 1)
+                return torch.stack([angles.sin(), angles.cos()], 2).flatten(1)
 
             right = embed(10_000 ** (-i / half))
-            cos, sin = right.split(half, 1)
+            sin, cos = right[:, 0::2], right[:, 1::2]
             mistakes = {
-                "the sines before the cosines": torch.cat([sin, cos], 1),
-                "cosines and sines in turn": torch.stack([cos, sin], 2).flatten(1),
+                "all sines before all cosines": torch.cat([sin, cos], 1),
+                "all cosines before all sines": torch.cat([cos, sin], 1),
+                "the cosine before the sine": torch.stack([cos, sin], 2).flatten(1),
                 "frequencies that rise, 10000^(+i/h),": embed(10_000 ** (i / half)),
                 "frequencies that end at 1/10000 (i/(h − 1) in the exponent)": embed(10_000 ** (-i / max(half - 1, 1))),
                 "i/dim in place of i/(dim/2) in the exponent": embed(10_000 ** (-i / dim)),
@@ -53,28 +54,37 @@ class _Block(nn.Module):
         super().__init__()
         self.norm1 = nn.GroupNorm(4, in_channels)
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
-        self.time = nn.Linear(embedding_dim, out_channels)
+        self.time = nn.Linear(embedding_dim, 2 * out_channels)
         self.norm2 = nn.GroupNorm(4, out_channels)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
         self.skip = nn.Identity() if in_channels == out_channels else nn.Conv2d(in_channels, out_channels, 1)
 
-    def variant(self, x, embedding, *, act1=True, act2=True, time="between", skip="skip", norm2=True):
+    def variant(self, x, embedding, *, act1=F.silu, act2=F.silu, time="affine", skip="skip", norm2=True):
         """What the block gives if it is wired in another way."""
-        shift = self.time(embedding)[:, :, None, None]
-        h = self.norm1(x)
-        h = self.conv1(F.silu(h) if act1 is True else act1(h) if act1 else h)
-        h = {"between": h + shift, "nowhere": h, "times": h * shift, "scale": h * (1 + shift)}.get(time, h)
+        scale, shift = self.time(embedding)[:, :, None, None].chunk(2, 1)
+        h = self.conv1(act1(self.norm1(x)))
+        if time == "before norm2":
+            h = h * (1 + scale) + shift
         h = self.norm2(h) if norm2 else h
-        h = F.silu(h) if act2 is True else act2(h) if act2 else h
-        h = h + shift if time == "after norm2" else h
+        h = {
+            "affine": h * (1 + scale) + shift,
+            "no one": h * scale + shift,
+            "swapped": h * (1 + shift) + scale,
+            "shift alone": h + shift,
+            "scale alone": h * (1 + scale),
+        }.get(time, h)
+        h = act2(h)
+        if time == "after the activation":
+            h = h * (1 + scale) + shift
         h = self.conv2(h)
-        h = h + shift if time == "last" else h
-        return {"skip": self.skip(x) + h, "none": h, "before": self.skip(x)}[skip]
+        if time == "last":
+            h = h * (1 + scale) + shift
+        return {"skip": self.skip(x) + h, "none": h, "alone": self.skip(x)}[skip]
 
 
 @graded(points=8, section="Network")
 def test_residual_block(submission, rng):
-    """`ResidualBlock.forward` wires the block right: activations, time between the convolutions, the skip connection."""
+    """`ResidualBlock.forward` wires the block right: activations, scale and shift by the time, the skip connection."""
     torch.manual_seed(int(torch.randint(2**31, (), generator=rng)))
     for channels in ((8, 12), (8, 8)):
         ours = _Block(*channels, 16).double()
@@ -85,16 +95,26 @@ def test_residual_block(submission, rng):
         value = expect.tensor(block.forward(x, embedding), "ResidualBlock.forward", shape)
         x, embedding = x.double(), embedding.double()
         with torch.no_grad():
+
+            def identity(h):
+                return h
+
             mistakes = {
                 "a block without the skip connection": ours.variant(x, embedding, skip="none"),
-                "the skip connection alone": ours.variant(x, embedding, skip="before"),
+                "the skip connection alone": ours.variant(x, embedding, skip="alone"),
                 "a block that does not use the time embedding": ours.variant(x, embedding, time="nowhere"),
-                "a time embedding that multiplies the features": ours.variant(x, embedding, time="times"),
-                "a time embedding added after the second activation": ours.variant(x, embedding, time="after norm2"),
-                "a time embedding added after the second convolution": ours.variant(x, embedding, time="last"),
-                "a missing first activation": ours.variant(x, embedding, act1=False),
-                "a missing second activation": ours.variant(x, embedding, act2=False),
-                "no activations": ours.variant(x, embedding, act1=False, act2=False),
+                "a scale in place of 1 + scale": ours.variant(x, embedding, time="no one"),
+                "scale and shift exchanged": ours.variant(x, embedding, time="swapped"),
+                "the shift without the scale": ours.variant(x, embedding, time="shift alone"),
+                "the scale without the shift": ours.variant(x, embedding, time="scale alone"),
+                "the time before the second normalisation, which undoes most of it,": ours.variant(
+                    x, embedding, time="before norm2"
+                ),
+                "the time after the second activation": ours.variant(x, embedding, time="after the activation"),
+                "the time after the second convolution": ours.variant(x, embedding, time="last"),
+                "a missing first activation": ours.variant(x, embedding, act1=identity),
+                "a missing second activation": ours.variant(x, embedding, act2=identity),
+                "no activations": ours.variant(x, embedding, act1=identity, act2=identity),
                 "ReLU in place of SiLU": ours.variant(x, embedding, act1=F.relu, act2=F.relu),
                 "a missing second normalisation": ours.variant(x, embedding, norm2=False),
             }

@@ -48,18 +48,20 @@ def prior_mismatch(schedule, mean, std):
 
 
 def time_embedding(t, dim):
-    """diffusers' sinusoids, cosines first."""
+    """diffusers' sinusoids, put in turn."""
     if dim % 2:
         raise ValueError("dim must be even")
-    return get_timestep_embedding(t, dim, flip_sin_to_cos=True, downscale_freq_shift=0)
+    sin, cos = get_timestep_embedding(t, dim, downscale_freq_shift=0).chunk(2, dim=1)
+    return torch.stack([sin, cos], dim=-1).reshape(len(t), dim)
 
 
 @add_to_class(ResidualBlock)
 def forward(self, x, embedding):
     """nn.Sequential for each half."""
-    first = nn.Sequential(self.norm1, nn.SiLU(), self.conv1)
-    second = nn.Sequential(self.norm2, nn.SiLU(), self.conv2)
-    return self.skip(x) + second(first(x) + self.time(embedding)[:, :, None, None])
+    first = nn.Sequential(self.norm1, nn.SiLU(), self.conv1, self.norm2)
+    second = nn.Sequential(nn.SiLU(), self.conv2)
+    gain, bias = (1 + self.time(embedding)[:, : self.conv1.out_channels], self.time(embedding)[:, self.conv1.out_channels :])
+    return self.skip(x) + second(first(x) * gain[..., None, None] + bias[..., None, None])
 
 
 # %%

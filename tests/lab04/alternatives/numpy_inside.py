@@ -28,7 +28,7 @@ def time_embedding(t, dim):
     if dim & 1:
         raise ValueError(f"odd dimension {dim}")
     w = np.power(10_000.0, -np.arange(dim // 2) / (dim // 2))
-    rows = [np.concatenate([np.cos(w * float(v)), np.sin(w * float(v))]) for v in t]
+    rows = [np.ravel(np.column_stack([np.sin(w * float(v)), np.cos(w * float(v))])) for v in t]
     return torch.from_numpy(np.stack(rows).astype(np.float32))
 
 
@@ -60,9 +60,10 @@ def forward(self, x, embedding):
     def act(h):
         return h * torch.sigmoid(h)
 
-    inner = self.conv1(act(self.norm1(x)))
-    shifted = torch.einsum("bchw,bc->bchw", torch.ones_like(inner), self.time(embedding)) + inner
-    return torch.add(self.conv2(act(self.norm2(shifted))), self.skip(x))
+    inner = self.norm2(self.conv1(act(self.norm1(x))))
+    scale, shift = torch.tensor_split(self.time(embedding), 2, dim=1)
+    moved = inner + torch.einsum("bchw,bc->bchw", inner, scale) + shift.view(*shift.shape, 1, 1)
+    return torch.add(self.conv2(act(moved)), self.skip(x))
 
 
 # %%

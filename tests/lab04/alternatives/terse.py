@@ -41,16 +41,17 @@ def prior_mismatch(schedule, mean, std):
 
 
 def time_embedding(t, dim):
-    """[cos, sin]."""
+    """Real and imaginary parts lie in turn."""
     if dim % 2: raise ValueError("odd")
     w = th.logspace(0, -4 * (1 - 2 / dim), dim // 2, dtype=th.float64) if dim > 2 else th.ones(1).double()
     z = th.polar(th.ones(()).double(), t.double()[:, None] * w)
-    return th.cat([z.real, z.imag], 1).float()
+    return th.view_as_real(z).flip(-1).flatten(1).float()
 
 
-ResidualBlock.forward = lambda self, x, embedding: self.skip(x) + self.conv2(
-    F.silu(self.norm2(self.conv1(F.silu(self.norm1(x))) + self.time(embedding)[..., None, None]))
-)
+ResidualBlock.forward = lambda self, x, embedding, e=0: (
+    e := self.time(embedding).unflatten(1, (2, -1))[..., None, None],
+    self.skip(x) + self.conv2(F.silu(th.addcmul(e[:, 1], self.norm2(self.conv1(F.silu(self.norm1(x)))), 1 + e[:, 0]))),
+)[1]
 
 
 def noise_prediction_loss(model, schedule, x_0, t=None, noise=None):

@@ -67,7 +67,7 @@ def time_embedding(t, dim):
     out = torch.empty(len(t), dim)
     for i in range(half):
         angle = t.double() / 10000 ** (i / half)
-        out[:, i], out[:, half + i] = torch.cos(angle), torch.sin(angle)
+        out[:, 2 * i], out[:, 2 * i + 1] = torch.sin(angle), torch.cos(angle)
     return out
 
 
@@ -79,15 +79,17 @@ class ResidualBlock(nn.Module):
         self.norm1, self.norm2 = nn.GroupNorm(4, in_channels), nn.GroupNorm(4, out_channels)
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding="same")
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding="same")
-        self.time = nn.Linear(embedding_dim, out_channels)
+        self.time = nn.Linear(embedding_dim, 2 * out_channels)
         self.skip = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else nn.Identity()
         self.activation = nn.SiLU()
 
     def forward(self, x, embedding):
         """Norm, activation, convolution; twice."""
-        h = self.conv1(self.activation(self.norm1(x)))
-        h = h + self.time(embedding).unsqueeze(-1).unsqueeze(-1).expand_as(h)
-        return self.conv2(self.activation(self.norm2(h))) + self.skip(x)
+        h = self.norm2(self.conv1(self.activation(self.norm1(x))))
+        channels = h.shape[1]
+        time = self.time(embedding).unsqueeze(-1).unsqueeze(-1)
+        h = h + h * time[:, :channels] + time[:, channels:]
+        return self.conv2(self.activation(h)) + self.skip(x)
 
 
 # %%
