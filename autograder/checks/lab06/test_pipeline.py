@@ -3,10 +3,9 @@
 import torch
 
 from autograder.checks import expect, graded
-from autograder.checks.lab04.test_sampling import _hold_jump as hold_jump
 from autograder.checks.lab06.devices import hold_record
 from autograder.checks.oracles import Coefficients, GaussianOracle, ideal_timesteps, images, random_schedule
-from autograder.checks.samplers import hold_timesteps
+from autograder.checks.samplers import hold_jump, hold_timesteps
 from difflab.datasets import load_digits
 from difflab.metrics import quality
 
