@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from autograder.checks import expect
-from autograder.checks.oracles import GaussianOracle
+from autograder.checks.oracles import Coefficients, GaussianOracle
 
-__all__ = ["SLOW", "SlowOracle", "hold_calls_and_clock", "hold_rows", "hold_timesteps", "step_problem"]
+__all__ = ["SLOW", "SlowOracle", "hold_calls_and_clock", "hold_jump", "hold_rows", "hold_timesteps", "step_problem"]
 
 SLOW = 0.004  # seconds a call of a slow network takes
 
@@ -153,3 +153,28 @@ def hold_calls_and_clock(row: dict, name: str, count: int, first: dict, elapsed:
     ratio = float(first["seconds"]) / seconds
     mistakes = {"the ratio upside down": 1 / ratio, "the ratio of network calls": first["network_calls"] / count}
     expect.close(torch.tensor(speedup), ratio, f'"speedup" of {name}', mistakes, 1e-2, 0)
+
+
+def hold_jump(c: Coefficients, x_t: Tensor, t: int, s: int, eps: Tensor, x_s: Tensor) -> None:
+    """x_s is where a deterministic DDIM step leads from x_t, with the noise the network predicted."""
+    x, e = x_t.double(), eps.double()
+    x_0 = c.predict_x0(x, e, t)
+    a_t, a_s, single = c.alpha_bar(t), c.alpha_bar(s), c.alpha(t)
+    to = "clean data (s = −1)" if s == -1 else f"s = {s}"
+    mistakes = {
+        "ᾱ_t in place of ᾱ_s in the second half": a_t.sqrt() * x_0 + (1 - a_t).sqrt() * e,
+        "1 − ᾱ_s without its square root": a_s.sqrt() * x_0 + (1 - a_s) * e,
+        "ᾱ_s without its square root": a_s * x_0 + (1 - a_s).sqrt() * e,
+        "the direction of the noise left out": a_s.sqrt() * x_0,
+        "an x̂_0 clipped to [−1, 1] (no clipping in this lab)": a_s.sqrt() * x_0.clamp(-1, 1) + (1 - a_s).sqrt() * e,
+        "a missing division by √ᾱ_t in x̂_0": a_s.sqrt() * (x - (1 - a_t).sqrt() * e) + (1 - a_s).sqrt() * e,
+        "α_t (a single step) in place of ᾱ_t in x̂_0": a_s.sqrt() * (x - (1 - single).sqrt() * e) / single.sqrt()
+        + (1 - a_s).sqrt() * e,
+        "the DDPM mean in place of the DDIM step": c.posterior_mean(x, t, e),
+        "alphas_cumprod[−1] at s = −1 (index −1 wraps to the last timestep; ᾱ_{−1} is 1)": c.alpha_bar(
+            c.schedule.num_timesteps - 1
+        ).sqrt()
+        * x_0
+        + (1 - c.alpha_bar(c.schedule.num_timesteps - 1)).sqrt() * e,
+    }
+    expect.close(x_s, c.ddim_mean(x_0, e, t, s), f"the jump from t = {t} to {to} in ddim_sample", mistakes, 1e-3, 1e-3)

@@ -11,7 +11,7 @@ from autograder.checks.oracles import (
     images,
     random_schedule,
 )
-from autograder.checks.samplers import hold_timesteps, step_problem
+from autograder.checks.samplers import hold_jump, hold_timesteps, step_problem
 
 
 @graded(points=5, section="Sampling")
@@ -166,7 +166,7 @@ def test_ddim_chain(submission, rng):
         states = [x for x, _, _ in calls] + [samples]
         for k, (x_t, _, eps) in enumerate(calls):
             t, s = wanted[k], wanted[k + 1] if k + 1 < len(wanted) else -1
-            _hold_jump(c, x_t, t, s, eps, states[k + 1])
+            hold_jump(c, x_t, t, s, eps, states[k + 1])
         network.calls.clear()
         again = expect.tensor(diffusion.ddim_sample(shape, num_steps, x_T=x_T), what, shape)
         expect.same(again, samples, "from one x_T, two runs of ddim_sample should be identical.")
@@ -193,27 +193,3 @@ def with_timesteps(diffusion, submission, total):
             raise
     submission.set(diffusion, "ddim_timesteps", right)
     return diffusion
-
-
-def _hold_jump(c, x_t, t, s, eps, x_s):
-    x, e = x_t.double(), eps.double()
-    x_0 = c.predict_x0(x, e, t)
-    a_t, a_s, single = c.alpha_bar(t), c.alpha_bar(s), c.alpha(t)
-    to = "clean data (s = −1)" if s == -1 else f"s = {s}"
-    mistakes = {
-        "ᾱ_t in place of ᾱ_s in the second half": a_t.sqrt() * x_0 + (1 - a_t).sqrt() * e,
-        "1 − ᾱ_s without its square root": a_s.sqrt() * x_0 + (1 - a_s) * e,
-        "ᾱ_s without its square root": a_s * x_0 + (1 - a_s).sqrt() * e,
-        "the direction of the noise left out": a_s.sqrt() * x_0,
-        "an x̂_0 clipped to [−1, 1] (no clipping in this lab)": a_s.sqrt() * x_0.clamp(-1, 1) + (1 - a_s).sqrt() * e,
-        "a missing division by √ᾱ_t in x̂_0": a_s.sqrt() * (x - (1 - a_t).sqrt() * e) + (1 - a_s).sqrt() * e,
-        "α_t (a single step) in place of ᾱ_t in x̂_0": a_s.sqrt() * (x - (1 - single).sqrt() * e) / single.sqrt()
-        + (1 - a_s).sqrt() * e,
-        "the DDPM mean in place of the DDIM step": c.posterior_mean(x, t, e),
-        "alphas_cumprod[−1] at s = −1 (index −1 wraps to the last timestep; ᾱ_{−1} is 1)": c.alpha_bar(
-            c.schedule.num_timesteps - 1
-        ).sqrt()
-        * x_0
-        + (1 - c.alpha_bar(c.schedule.num_timesteps - 1)).sqrt() * e,
-    }
-    expect.close(x_s, c.ddim_mean(x_0, e, t, s), f"the jump from t = {t} to {to} in ddim_sample", mistakes, 1e-3, 1e-3)
