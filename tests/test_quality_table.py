@@ -1,5 +1,7 @@
 """Is every sampler measured from the same noise, is finished work kept, and does the table say what was measured?"""
 
+import itertools
+
 import pytest
 import torch
 
@@ -104,3 +106,17 @@ def test_the_table_that_is_shipped_is_whole():
     assert table.n >= 2048 and len(table.rows) == len(module.ROWS)
     assert {row.label for row in table.rows} == {row.label for row in module.ROWS}
     assert all(len(row.runs) == 2 and row.seconds > 0 and run.n == table.n for row in table.rows for run in row.runs)
+
+
+def test_the_pages_show_the_figures_that_are_shipped(course):
+    table = to_markdown(quality_table())
+    assert table in (course / "data" / "README.md").read_text(encoding="utf-8"), "data/README.md shows other figures"
+    readme = (course / "README.md").read_text(encoding="utf-8")
+    shown = _rows(readme[readme.index("| sampler |") :])
+    assert len(shown) >= 5 and all(row in _rows(table) for row in shown), "README.md shows other figures"
+
+
+def _rows(markdown):
+    """The first five cells of each row of the table that `markdown` begins with."""
+    lines = itertools.takewhile(lambda line: line.startswith("|"), markdown.splitlines())
+    return [[cell.strip() for cell in line.split("|")[1:6]] for line in lines][2:]

@@ -32,7 +32,7 @@ MUTANTS = [
     Mutant("noise drawn twice", "add_noise", _ADD,
            "return alpha_bar.sqrt() * x_start + (1 - alpha_bar).sqrt() * (noise if t is None else noise), "
            "torch.randn_like(noise)",
-           {"add_noise": "return the noise it was given", "prediction_quality": '"mse" at t = 0'}),
+           {"add_noise": "return the noise it was given", "prediction_quality": "other noise than was added"}),
     Mutant("uniform noise", "add_noise", "torch.randn_like", "torch.rand_like",
            {"add_noise": "the noise has mean"}),
     Mutant("coefficient not reshaped", "add_noise", ".to(x_start).view(-1, 1, 1, 1)", ".to(x_start)",

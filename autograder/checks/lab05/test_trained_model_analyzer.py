@@ -69,11 +69,12 @@ def test_prediction_quality(submission, rng):
     analyzer = submission.TrainedModelAnalyzer(network, schedule)
     last = schedule.num_timesteps - 1
     x_clean = 0.3**0.5 * images(rng, 32, 1, 28, 28) - 0.7
-    timesteps = [0, int(torch.randint(20, last, (), generator=rng)), last // 2, last]
+    timesteps = [0, int(torch.randint(20, last // 2, (), generator=rng)), last // 2, last]
     results = analyzer.analyze_noise_prediction_quality(x_clean, timesteps)
     if not isinstance(results, dict) or sorted(results) != sorted(timesteps):
         keys = list(results) if isinstance(results, dict) else type(results).__name__
         expect.fail(f"the result should be a dict with the timesteps {timesteps} as keys; got {keys}.")
+    rows = []
     for t in timesteps:
         row = results[t]
         if not isinstance(row, dict) or not {"mse", "correlation", "snr"} <= row.keys():
@@ -82,7 +83,24 @@ def test_prediction_quality(submission, rng):
         values = {key: expect.tensor(row[key], f'results[{t}]["{key}"]', ()) for key in ("mse", "correlation", "snr")}
         errors = [(eps - predicted).square().mean() for eps in noises]
         nearest = min(range(len(noises)), key=lambda i: abs(errors[i] - values["mse"].double()))
-        _hold_row(values, noises[nearest], predicted, network.coefficients, t)
+        rows.append((values, noises[nearest], predicted, network.coefficients, t))
+    for row in rows:
+        _hold_to_the_added_noise(*row)
+    for row in rows:
+        _hold_row(*row)
+
+
+def _hold_to_the_added_noise(values, eps, predicted, _c, t):
+    """Not another draw, with which the prediction does not correlate; told where the right correlation is large."""
+    independent = 1 + predicted.square().mean()
+    if (
+        torch.corrcoef(torch.stack([eps.flatten(), predicted.flatten()]))[0, 1] > 0.5
+        and abs(values["correlation"]) < expect.Z / eps.numel() ** 0.5
+        and abs(values["mse"] / independent - 1) < 0.1
+    ):
+        expect.fail(
+            f"at t = {t} the prediction is compared with other noise than was added; keep the noise that add_noise used."
+        )
 
 
 def _hold_row(values, eps, predicted, c, t):
