@@ -1268,6 +1268,20 @@ check("timing_style")
 # | 0 | Not completed, or not readable |
 # === END MARK SCHEME ===
 
+# %% [markdown] given="going_further"
+# ---
+# ## Going further
+# For the curious: no points, no checks, no solution.
+#
+# 1. **Far out.** Fit the line with at most 20 steps and predict 1000, with its interval. Then wait for the 1000. Was the
+#    interval honest? Which assumption of it is the weakest?
+# 2. **Which part moves?** Repeat the sweep with half the threads (`torch.set_num_threads`), in bfloat16, and with
+#    `torch.compile`. Predict first, for each, whether $a$, $b$ or both will change.
+# 3. **A noisy neighbour.** Start another program that keeps one core busy and repeat the protocol. What do mean, median and
+#    minimum of the repeats say? Which of them would you put in a report, and why?
+# 4. **The same law elsewhere.** Time one *training* step against the batch size, on the same network. Is that law affine
+#    as well, and how does its slope compare with that of sampling?
+
 # %% [markdown] given="submit"
 # ---
 # **Before you hand in:** *Kernel → Restart Kernel and Run All Cells*. Cells whose check does not pass show their hint,
