@@ -15,7 +15,7 @@
 #
 # In this lab you build a **DDPM** (denoising diffusion probabilistic model) from its noise schedule to its last sample:
 # you write the forward process, the parts of the network that know about time, the loss, the training loop, and two
-# ways to draw digits from what you trained. Three minutes on a laptop are enough to see digits appear.
+# ways to draw digits from what you trained. Two minutes on a laptop are enough to see digits appear.
 #
 # | Part | Time | Points |
 # |---|---|---|
@@ -403,8 +403,8 @@ check("residual_block")
 # %% [markdown] given="unet_text"
 # A U-Net is such blocks on the way down (each level halves height and width), in the middle, and on the way up, where
 # each level also sees what the way down had at its size. `difflab.unet.UNet` puts them together (in its blocks the time
-# only shifts); read it, it is 200 lines. Here is a small one, and what it has to learn: a trained network's error is far below 1, the error of always
-# answering 0.
+# only shifts); read it, it is 200 lines. Here is a small one, and what it has to learn: a trained network's error is far
+# below 1, the error of always answering 0.
 
 # %% tags=["demo"]
 torch.manual_seed(0)
@@ -800,7 +800,7 @@ def ddim_sample(self, shape: tuple[int, ...], num_steps: int = 50, *, x_T: Tenso
 check("ddim_chain")
 
 # %% [markdown] given="training_demo_text"
-# ### 4.4 Three minutes of training
+# ### 4.4 Two minutes of training
 # All parts are there. Below they train your own network, small enough for a laptop, on 10 000 digits; after every epoch
 # it draws twelve, from one noise. Watch them come out of nothing, and the loss, which soon hardly falls.
 
@@ -812,7 +812,7 @@ trainer = Trainer(network, schedule, lr=2e-3, ema=EMA(network, 0.99))
 x_T = torch.randn(12, 1, 28, 28)
 losses, drawn = [], {}
 start = time.perf_counter()
-while time.perf_counter() - start < 170 or len(losses) < 2:
+while time.perf_counter() - start < 110 or len(losses) < 2:
     losses.append(trainer.train_epoch(digits, batch_size=64))
     torch.manual_seed(len(losses))
     drawn[f"epoch {len(losses)}"] = Diffusion(trainer.ema.model, schedule).ddpm_sample(x_T.shape, x_T=x_T)
