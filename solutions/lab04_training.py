@@ -952,6 +952,20 @@ check("training_style")
 # | 0 | Not completed, or not readable |
 # === END MARK SCHEME ===
 
+# %% [markdown] given="going_further"
+# ---
+# ## Going further
+# For the curious: no points, no checks, no solution.
+#
+# 1. **Another schedule.** Nichol and Dhariwal (2021, equation 17) choose $\bar\alpha_t$ as a squared cosine. Write it beside
+#    `linear_betas`, compare the two at $t = 30, 150, 270$ in one row of digits, and train on both for the same two minutes.
+# 2. **Another target.** The network may predict $x_0$, or $v = \sqrt{\bar\alpha_t}\,\epsilon - \sqrt{1-\bar\alpha_t}\,x_0$
+#    (Salimans and Ho 2022). What has to change in the loss, and what in `ddpm_step`? Which target is easy at which $t$?
+# 3. **Another weight.** Weigh the loss of each image by $\min(\mathrm{SNR}(t), 5)/\mathrm{SNR}(t)$ (Hang et al. 2023). The
+#    loss is then another number: compare samples, not losses.
+# 4. **On demand.** Add an embedding of the label to the time embedding, drop it for one image in ten, and draw the digit
+#    you want with classifier-free guidance (Ho and Salimans 2022). What do guidance scales 1, 3 and 10 do to diversity?
+
 # %% [markdown] given="submit"
 # ---
 # **Before you hand in:** *Kernel → Restart Kernel and Run All Cells*. Cells whose check does not pass show their hint,

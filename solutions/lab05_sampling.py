@@ -1523,6 +1523,20 @@ check("code_style")
 # | 0 | Not completed, or not readable |
 # === END MARK SCHEME ===
 
+# %% [markdown] given="going_further"
+# ---
+# ## Going further
+# For the curious: no points, no checks, no solution.
+#
+# 1. **Backwards.** With η = 0 the path can be walked from a digit up to its noise: take the DDIM step from $t$ to a
+#    *larger* $s$. Go up and down again with 20, 100 and 500 steps. How much of the digit comes back, and what is lost?
+# 2. **Between two digits.** Mix two $x_T$ on the straight line and on the great circle between them, and draw both rows.
+#    What length has a mixture on the line, and why does the network mind?
+# 3. **Clipping.** Force $\hat x_0$ into $[-1, 1]$ in every step and derive ε from it again. What happens to DDIM-10, and to
+#    its Fréchet distance? For what kind of data would it be wrong?
+# 4. **Your own timesteps.** Ten network calls, at timesteps you choose. Search (at random, or one at a time) for the set
+#    with the smallest Fréchet distance over 500 digits, then test the winner on *other* noise. How much of the gain stays?
+
 # %% [markdown] given="submit"
 # ---
 # **Before you hand in:** *Kernel → Restart Kernel and Run All Cells*. Cells whose check does not pass show their hint,
