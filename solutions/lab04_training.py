@@ -51,7 +51,7 @@ from difflab.check import check
 from difflab.checkpoints import load_pretrained
 from difflab.datasets import load_digits
 from difflab.metrics import quality
-from difflab.notebook import add_to_class
+from difflab.notebook import add_to_class, progress
 from difflab.schedule import NoiseSchedule
 from difflab.timing import count_calls
 from difflab.unet import UNet
@@ -726,7 +726,9 @@ check("reverse_chain")
 # %% tags=["demo"]
 trained, trained_schedule = load_pretrained("mnist-t300")
 torch.manual_seed(0)
-plots.image_grid(Diffusion(trained, trained_schedule).ddpm_sample((20, 1, 28, 28)))
+with progress(trained, 300):
+    first_digits = Diffusion(trained, trained_schedule).ddpm_sample((20, 1, 28, 28))
+plots.image_grid(first_digits)
 
 # %% [markdown] given="ddim_text"
 # ### 4.3 Steps that jump
@@ -889,7 +891,8 @@ check("speed_comparison")
 
 # %% tags=["demo"]
 torch.manual_seed(3)
-comparison = compare_samplers(Diffusion(trained, trained_schedule), num_samples=16)
+with progress(trained, 300 + 50 + 20):
+    comparison = compare_samplers(Diffusion(trained, trained_schedule), num_samples=16)
 print("sampler     calls   300 over calls   seconds   speed-up")
 for row in comparison:
     calls = row["network_calls"]
@@ -906,7 +909,9 @@ plots.show_images({row["name"]: row["samples"][:12] for row in comparison})
 diffusion = Diffusion(trained, trained_schedule)
 noise = torch.randn(256, 1, 28, 28, generator=torch.Generator().manual_seed(5))
 for num_steps in (50, 20, 10):
-    print(f"DDIM-{num_steps:<3d}", quality(diffusion.ddim_sample(noise.shape, num_steps, x_T=noise)))
+    with progress(trained, num_steps):
+        samples = diffusion.ddim_sample(noise.shape, num_steps, x_T=noise)
+    print(f"DDIM-{num_steps:<3d}", quality(samples))
 
 # %% [markdown] task="written_analysis" points=10
 # ### Written analysis

@@ -64,7 +64,7 @@ from difflab.check import check
 from difflab.checkpoints import load_pretrained
 from difflab.datasets import load_digits
 from difflab.metrics import diversity, quality
-from difflab.notebook import add_to_class
+from difflab.notebook import add_to_class, progress
 from difflab.quality_table import quality_table
 from difflab.schedule import NoiseSchedule
 from difflab.timing import count_calls, measure, measure_in_turns, peak_memory, synchronize
@@ -492,7 +492,7 @@ check("ddpm_sample")
 # %% tags=["demo"]
 torch.manual_seed(0)
 start = time.perf_counter()
-with count_calls(model) as counter:
+with count_calls(model) as counter, progress(model, 1000):
     ddpm_samples, ddpm_trajectory = DDPMSampler(model, schedule).sample(
         (8, 1, 28, 28), return_trajectory=True, x_T=x_T[:8]
     )
@@ -1047,7 +1047,8 @@ check("compare_samplers")
 
 # %% tags=["demo"]
 torch.manual_seed(3)
-comparison = compare_samplers(DDPMSampler(model, schedule), ddim)
+with progress(model):
+    comparison = compare_samplers(DDPMSampler(model, schedule), ddim)
 device = next(model.parameters()).device.type
 print(f"16 digits on {device}\n\nsampler     calls   seconds   speed-up   memory     diversity")
 for row in comparison:
@@ -1075,7 +1076,8 @@ plots.quality_curves(table, {row["network_calls"]: row["seconds"] for row in com
 torch.manual_seed(4)
 for row in table.rows:
     if row.label in ("DDIM-10", "DDIM-20"):
-        yours = quality(ddim.sample((128, 1, 28, 28), ddim.create_timestep_schedule(row.network_calls)))
+        with progress(model, row.network_calls):
+            yours = quality(ddim.sample((128, 1, 28, 28), ddim.create_timestep_schedule(row.network_calls)))
         print(
             f"{row.label}: recognised {yours.recognised:.0%} of {yours.n} of yours, {row.recognised:.0%} in the table"
         )
