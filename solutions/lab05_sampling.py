@@ -64,7 +64,7 @@ from difflab.check import check
 from difflab.checkpoints import load_pretrained
 from difflab.datasets import load_digits
 from difflab.metrics import diversity, quality
-from difflab.notebook import add_to_class
+from difflab.notebook import add_to_class, progress
 from difflab.quality_table import quality_table
 from difflab.schedule import NoiseSchedule
 from difflab.timing import count_calls, measure, measure_in_turns, peak_memory, synchronize
@@ -492,7 +492,7 @@ check("ddpm_sample")
 # %% tags=["demo"]
 torch.manual_seed(0)
 start = time.perf_counter()
-with count_calls(model) as counter:
+with count_calls(model) as counter, progress(model, 1000):
     ddpm_samples, ddpm_trajectory = DDPMSampler(model, schedule).sample(
         (8, 1, 28, 28), return_trajectory=True, x_T=x_T[:8]
     )
@@ -1047,7 +1047,8 @@ check("compare_samplers")
 
 # %% tags=["demo"]
 torch.manual_seed(3)
-comparison = compare_samplers(DDPMSampler(model, schedule), ddim)
+with progress(model):
+    comparison = compare_samplers(DDPMSampler(model, schedule), ddim)
 device = next(model.parameters()).device.type
 print(f"16 digits on {device}\n\nsampler     calls   seconds   speed-up   memory     diversity")
 for row in comparison:
@@ -1075,7 +1076,8 @@ plots.quality_curves(table, {row["network_calls"]: row["seconds"] for row in com
 torch.manual_seed(4)
 for row in table.rows:
     if row.label in ("DDIM-10", "DDIM-20"):
-        yours = quality(ddim.sample((128, 1, 28, 28), ddim.create_timestep_schedule(row.network_calls)))
+        with progress(model, row.network_calls):
+            yours = quality(ddim.sample((128, 1, 28, 28), ddim.create_timestep_schedule(row.network_calls)))
         print(
             f"{row.label}: recognised {yours.recognised:.0%} of {yours.n} of yours, {row.recognised:.0%} in the table"
         )
@@ -1522,6 +1524,20 @@ check("code_style")
 # | 1 | Works, but is hard to follow |
 # | 0 | Not completed, or not readable |
 # === END MARK SCHEME ===
+
+# %% [markdown] given="going_further"
+# ---
+# ## Going further
+# For the curious: no points, no checks, no solution.
+#
+# 1. **Backwards.** With η = 0 the path can be walked from a digit up to its noise: take the DDIM step from $t$ to a
+#    *larger* $s$. Go up and down again with 20, 100 and 500 steps. How much of the digit comes back, and what is lost?
+# 2. **Between two digits.** Mix two $x_T$ on the straight line and on the great circle between them, and draw both rows.
+#    What length has a mixture on the line, and why does the network mind?
+# 3. **Clipping.** Force $\hat x_0$ into $[-1, 1]$ in every step and derive ε from it again. What happens to DDIM-10, and to
+#    its Fréchet distance? For what kind of data would it be wrong?
+# 4. **Your own timesteps.** Ten network calls, at timesteps you choose. Search (at random, or one at a time) for the set
+#    with the smallest Fréchet distance over 500 digits, then test the winner on *other* noise. How much of the gain stays?
 
 # %% [markdown] given="submit"
 # ---

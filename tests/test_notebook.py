@@ -5,9 +5,10 @@ import json
 import matplotlib
 import nbformat
 import pytest
+import torch
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
-from difflab.notebook import add_to_class, load_notebook
+from difflab.notebook import add_to_class, load_notebook, progress
 
 GRADED = {"nbgrader": {"grade": True, "solution": False, "grade_id": "g", "points": 1, "schema_version": 3}}
 SOLUTION = {"nbgrader": {"grade": False, "solution": True, "grade_id": "s", "schema_version": 3}}
@@ -41,6 +42,18 @@ def test_add_to_class_adds_and_replaces_a_method():
         return x + 2
 
     assert Sampler().step(1) == 3
+
+
+@pytest.mark.parametrize("total", [3, None])
+def test_progress_counts_calls_on_standard_output_and_changes_nothing(total, capsys, monkeypatch):
+    monkeypatch.delenv("TQDM_DISABLE", raising=False)
+    network = torch.nn.Identity()
+    with pytest.raises(RuntimeError, match="inside"), progress(network, total):
+        assert [network(k) for k in range(3)] == [0, 1, 2]
+        raise RuntimeError("inside")
+    shown = capsys.readouterr()
+    assert "network calls" in shown.out and shown.err == ""
+    assert not network._forward_pre_hooks, "the bar must not stay on the network"
 
 
 def test_cells_share_their_names(load):

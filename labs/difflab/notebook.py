@@ -1,4 +1,4 @@
-"""Take classes from a notebook, and write a class over several cells of one."""
+"""Write a class over several cells of a notebook, see how far a long cell is, and take classes from a notebook."""
 
 from __future__ import annotations
 
@@ -6,11 +6,14 @@ import contextlib
 import io
 import sys
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-__all__ = ["add_to_class", "load_notebook"]
+from torch import nn
+from tqdm import tqdm
+
+__all__ = ["add_to_class", "load_notebook", "progress"]
 
 
 def add_to_class(cls: type) -> Callable[[Callable], Callable]:
@@ -24,6 +27,27 @@ def add_to_class(cls: type) -> Callable[[Callable], Callable]:
         return function
 
     return add
+
+
+@contextlib.contextmanager
+def progress(model: nn.Module, total: int | None = None) -> Iterator[None]:
+    """A bar that moves with every call of `model` inside the block, and goes away at its end.
+
+    Args:
+        model: the network that the block calls.
+        total: how many calls to expect; None if that cannot be known, the bar then counts and shows the pace.
+    """
+    # standard output, because JupyterLab paints standard error red
+    with tqdm(total=total, unit=" network calls", leave=False, file=sys.stdout, mininterval=0.3) as bar:
+
+        def moved(_module: nn.Module, _args: tuple) -> None:
+            bar.update()
+
+        handle = model.register_forward_pre_hook(moved)
+        try:
+            yield
+        finally:
+            handle.remove()
 
 
 def load_notebook(path: str | Path) -> dict[str, Any]:

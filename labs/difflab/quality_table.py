@@ -6,9 +6,7 @@ where it was stopped.
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
 import statistics
 import time
 from collections.abc import Callable
@@ -16,10 +14,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
+from difflab.batches import claim_folder, draw_batches
 from difflab.metrics import Quality, quality
 from difflab.paths import data_path
 from difflab.schedule import NoiseSchedule
@@ -158,22 +156,17 @@ def draw_rows(
     Raises:
         ValueError: if `work` holds batches of other settings.
     """
-    _claim(work, model, {"num": num, "batch_size": batch_size, "precision": precision})
+    claim_folder(work, model, {"num": num, "batch_size": batch_size, "precision": precision})
     measured = []
     for row in rows:
+
+        def draw(x_T: Tensor, row: Row = row) -> Tensor:
+            with low_precision(model, precision, device):
+                return _run(row, samplers, model, schedule, x_T.to(device))
+
         runs = []
         for seed in seeds:
-            x_T = torch.randn(num, 1, 28, 28, generator=torch.Generator().manual_seed(seed))
-            images = []
-            for first in range(0, num, batch_size):
-                path = work / f"{row.label.replace(', ', '_').replace(' ', '')}-seed{seed}-{first:05d}.npy"
-                if not path.exists():
-                    torch.manual_seed(1_000_003 * (seed + 1) + first)
-                    with low_precision(model, precision, device):
-                        batch = _run(row, samplers, model, schedule, x_T[first : first + batch_size].to(device))
-                    _save(path, batch)
-                images.append(torch.from_numpy(np.load(path)).float())
-            runs.append(quality(torch.cat(images)))
+            runs.append(quality(draw_batches(work, row.label, draw, num, seed, batch_size)))
             report(f"{row.label}, seed {seed}: {runs[-1]}")
         measured.append(runs)
     floor = tuple(
@@ -208,23 +201,3 @@ def _time_rows(rows, samplers, model, schedule, timed, precision, device) -> lis
             synchronize(device)
             seconds.append(time.perf_counter() - start)
     return seconds
-
-
-def _claim(work: Path, model: nn.Module, settings: dict[str, Any]) -> None:
-    """Bind the folder to these weights and settings, or refuse it."""
-    digest = hashlib.sha256()
-    for tensor in model.state_dict().values():
-        digest.update(tensor.detach().float().cpu().numpy().tobytes())
-    settings = {**settings, "weights": digest.hexdigest()}
-    work.mkdir(parents=True, exist_ok=True)
-    note = work / "settings.json"
-    if not note.exists():
-        note.write_text(json.dumps(settings), encoding="utf-8")
-    elif json.loads(note.read_text(encoding="utf-8")) != settings:
-        raise ValueError(f"{work} holds digits of another network or other settings; remove it, or give another --work")
-
-
-def _save(path: Path, images: Tensor) -> None:
-    temporary = path.with_suffix(".tmp.npy")
-    np.save(temporary, images.half().cpu().numpy())
-    os.replace(temporary, path)
