@@ -58,6 +58,7 @@ from difflab import plots
 from difflab.check import check
 from difflab.checkpoints import load_pretrained
 from difflab.metrics import quality
+from difflab.notebook import progress
 from difflab.report import data_uri, environment, show_report
 from difflab.schedule import NoiseSchedule
 from difflab.statistics import t_quantile
@@ -901,7 +902,8 @@ check("quality_against_steps")
 
 # %% tags=["demo", "nbval-ignore-output"]
 NUM_IMAGES = 48
-quality_rows = quality_against_steps(model, schedule, [3, 5, 10, 20, 40], NUM_IMAGES)
+with progress(model, 3 + 5 + 10 + 20 + 40):
+    quality_rows = quality_against_steps(model, schedule, [3, 5, 10, 20, 40], NUM_IMAGES)
 print(f"n = {NUM_IMAGES} images, all from one noise")
 for row in quality_rows:
     print(f"{row['num_steps']:3d} steps: Fréchet {row['frechet']:6.1f}, recognised {100 * row['recognised']:3.0f} %, "
