@@ -338,7 +338,7 @@ def ddim_sample(model, schedule: NoiseSchedule, x_T: Tensor, num_steps: int) -> 
         num_steps: N, from 1 to T; exactly N network calls are made, each with the whole batch.
 
     Returns:
-        Samples [B, C, H, W], not clipped, with the dtype and on the device of x_T.
+        Samples [B, C, H, W], not clipped, with the dtype and on the device of x_T, computed without gradients.
 
     Raises:
         ValueError: if num_steps < 1 or > T.
@@ -391,7 +391,7 @@ def generate(model, schedule: NoiseSchedule, num_steps: int, num_images: int = 1
             torch's global generator.
 
     Returns:
-        Images, float32 [num_images, 1, 28, 28] on the CPU, clipped to [-1, 1].
+        Images, float32 [num_images, 1, 28, 28] on the CPU, clipped to [-1, 1], without gradients.
     """
     # TODO: noise from the seed, ddim_sample, clip, bring to the CPU.
     ### BEGIN SOLUTION
@@ -601,6 +601,8 @@ for a in (0.0, 0.01, 0.032, 0.1, 0.3):
 # 2. Otherwise there is no evidence that it bends. Fit the line of 3.1. If its intercept's 95 % interval contains 0, the law
 #    is `"linear"`; if not, it is `"affine"`.
 #
+# Compute in float64 (NumPy's default; in torch `dtype=torch.float64`): in float32 the squares of $N$ drown the curvature.
+#
 # "No evidence that it bends" is not proof that it does not: look at how wide the interval of $c$ is.
 
 
@@ -649,12 +651,13 @@ check("decide_growth")
 # > the question is whether a step saved late is worth less than a step saved early?
 
 
-# %% tags=["demo"]
-def as_lists(records):
+# %% given="as_lists"
+def as_lists(records: list[dict]) -> tuple[list[int], list[float]]:
     """Records -> (steps, seconds)."""
     return [record["num_steps"] for record in records], [record["seconds"] for record in records]
 
 
+# %% tags=["demo"]
 a40 = [
     {"run": k + 1, "num_steps": n, "seconds": s} for k in range(2) for n, both in A40_SECONDS.items() for s in [both[k]]
 ]
@@ -963,7 +966,7 @@ def markdown_table(rows: list[dict], columns: dict[str, str]) -> str:
 
     Returns:
         The table: a line of headings, a line of dashes, a line for each row. Ints and strings stand as they are, floats
-        with at least three significant digits; cells and headings show as plain text, whatever characters they hold.
+        with at least three significant digits. No |, line break, & or < in a cell changes the table or how the cell reads.
     """
 
     # TODO: a line for each row; take care of |, line breaks and markup.
@@ -995,7 +998,7 @@ check("report_table")
 # | `Results` | a table of the measured seconds as in the project report: a row for each step count, ascending, with the step count and then one column a run. The same for the reference, with its device's name in the text. Every figure, with its caption |
 # | `Analysis` | slope and intercept with both ends of their intervals, the residual deviation, log-log slope, curvature with both ends of its interval, the law; tables of `split`, `batches` and `quality` |
 # | `Conclusion and Future Work` | the conclusion |
-# | `Appendix A: Run log` | a table with a row for each record, in the order measured: run, steps, seconds |
+# | `Appendix A: Run log` | a table with a row for each record, in the order measured; its first three columns are run, steps, seconds |
 # | `Appendix B: Environment` | a table of `environment`: one row for each name and value |
 #
 # A step count that a run did not hold has an empty cell there. All times are in seconds, and every number has at least

@@ -10,7 +10,9 @@ import mistune
 
 __all__ = ["Document", "Section", "has", "numbers", "read_markdown", "squeezed"]
 
-_NUMBER = re.compile(r"(?<![\w.])[-\N{MINUS SIGN}]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?")
+_NUMBER = re.compile(r"(?<![\w.])[-−]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+−]?\d+)?")
+_POWER = re.compile(r"\s*(?:[·⋅×*]|\\cdot|\\times)\s*10(?:(?:\^|\*\*)\{?([-−+]?\d+)\}?|([-−]\d+|⁻?[⁰¹²³⁴-⁹]+))")
+_DIGITS = str.maketrans("⁻−⁰¹²³⁴⁵⁶⁷⁸⁹", "--0123456789")
 _VOID = {"area", "base", "br", "col", "embed", "hr", "img", "input", "link", "meta", "source", "track", "wbr"}
 _LIVE = {
     "script",
@@ -36,8 +38,9 @@ def squeezed(text: str) -> str:
 
 
 def numbers(text: str) -> list[float]:
-    """All numbers in a text, in order."""
-    return [float(found.replace("\N{MINUS SIGN}", "-")) for found in _NUMBER.findall(text)]
+    """All numbers in a text, in order; 4.2·10⁻⁷ and 4.2 × 10^-7 are numbers, too."""
+    text = _POWER.sub(lambda m: "e" + (m[1] or m[2]).translate(_DIGITS), re.sub(r"\.{2,}", " … ", text))
+    return [float(found.replace("−", "-")) for found in _NUMBER.findall(text)]
 
 
 def has(found: Iterable[float], value: float) -> bool:
@@ -51,7 +54,7 @@ class Section:
     def __init__(self, heading: str = ""):
         self.heading, self.text = heading, ""
         self.tables: list[list[list[str]]] = []  # table, row, cell
-        self.images: list[tuple[str, str]] = []  # (caption, address)
+        self.images: list[tuple[str, str]] = []  # (caption with title, address)
 
     def rows(self) -> list[list[str]]:
         """The rows of all tables."""
@@ -87,7 +90,7 @@ class Document(HTMLParser):
         """Sections, tables, pictures; and what is alive."""
         self.tags.add(tag)
         values = {name: value or "" for name, value in attributes}
-        if tag in _LIVE or (tag == "meta" and "http-equiv" in values):
+        if tag in _LIVE or (tag == "meta" and values.get("http-equiv", "").lower() == "refresh"):
             self.live.append(f"<{tag}>")
         for name, value in values.items():
             address = value.strip().lower()
@@ -106,8 +109,12 @@ class Document(HTMLParser):
             self._section.tables[-1].append([])
         elif tag in ("td", "th") and self._section.rows():
             self._section.tables[-1][-1].append("")
+        elif tag == "br":
+            self.handle_data(" ")
         elif tag == "img":
-            self._section.images.append((values.get("alt", ""), values.get("src", "")))
+            self._section.images.append(
+                (f"{values.get('alt', '')} {values.get('title', '')}".strip(), values.get("src", ""))
+            )
         if tag not in _VOID:
             self._open.append(tag)
 

@@ -11,19 +11,30 @@ from autograder.checks.lab06.devices import SLOW_START, Device, between, hold_re
 
 
 def _seed(rng) -> int:
-    return int(torch.randint(2**31, (), generator=rng))
+    # small: some add to it or multiply it, and NumPy's old generators take no more than 32 bits
+    return int(torch.randint(2**20, (), generator=rng))
 
 
 def _hold_orders(value, step_counts, runs: int, what: str) -> list[list[int]]:
-    orders = expect.tensors(value, what, runs)
+    orders = [
+        order.tolist() if isinstance(order, torch.Tensor) else _plain(order)
+        for order in expect.tensors(value.tolist() if isinstance(value, torch.Tensor) else value, what, runs)
+    ]
     for order in orders:
         if not isinstance(order, list):
             expect.fail(f"{what} should be a list of {runs} lists, one for each run; got {order!r:.60} among them.")
-        if sorted(order) != sorted(step_counts):
+        if any(isinstance(n, (list, str, dict)) or n is None for n in order) or sorted(order) != sorted(step_counts):
             expect.fail(
                 f"every run should hold every step count once, here {sorted(step_counts)}; one holds {order!r:.80}."
             )
     return orders
+
+
+def _plain(order):
+    """A list of numbers for a list of 0-dimensional tensors."""
+    if not isinstance(order, list):
+        return order
+    return [n.item() if isinstance(n, torch.Tensor) and n.numel() == 1 else n for n in order]
 
 
 @graded(points=4, section="Design")
@@ -34,7 +45,7 @@ def test_run_order(submission, rng):
     seeds = [_seed(rng) for _ in range(300)]
     drawn = [_hold_orders(submission.run_order(counts, 2, seed), counts, 2, "run_order with 2 runs") for seed in seeds]
     for seed, orders in zip(seeds[:5], drawn):
-        if submission.run_order(counts, 2, seed) != orders:
+        if _hold_orders(submission.run_order(counts, 2, seed), counts, 2, "run_order with 2 runs") != orders:
             expect.fail(
                 "equal seeds should give equal orders; draw from a generator made of `seed`, as random.Random(seed)."
             )
@@ -76,7 +87,7 @@ def _hold_times(seconds, device, repeats, warmup, busy):
     what = f"time_call with repeats = {repeats} and warmup = {warmup}"
     if seconds is None:
         expect.fail(f"{what} returns None: is a `return` missing?")
-    if not isinstance(seconds, (list, torch.Tensor)):
+    if not isinstance(seconds, list) and not (isinstance(seconds, torch.Tensor) and seconds.ndim == 1):
         expect.fail(f"{what} should return the seconds of each repeat, a list of {repeats}; got {seconds!r:.60}.")
     if len(device.calls) != warmup + repeats:
         cause = " There was no warm-up." if warmup and len(device.calls) == repeats else ""
@@ -141,7 +152,8 @@ def test_summarise(submission, rng):
                 "the standard deviation": data.std(),
                 "the standard deviation (over n)": data.std(correction=0),
             }
-        expect.close(got["iqr"], q3 - q1, f'"iqr" of {n} values', mistakes, 1e-6, 1e-9)
+        # a difference: in float32 it is as uncertain as the values are
+        expect.close(got["iqr"], q3 - q1, f'"iqr" of {n} values', mistakes, 1e-6, 1e-6 * data.max())
     with expect.raises_value_error("summarise without any value"):
         submission.summarise([])
 
@@ -253,8 +265,7 @@ def _hold_order(submission, rng, records, order, counts, runs, seed):
 
 def _own_order(submission, counts, runs, seed):
     try:
-        orders = expect.tensors(submission.run_order(counts, runs, seed), "", runs)
-        return orders if all(isinstance(order, list) for order in orders) else None
+        return _hold_orders(submission.run_order(counts, runs, seed), counts, runs, "")
     except expect.NOT_WORKING as error:
         if getattr(error, "kind", "") == "NotImplementedError":
             raise
