@@ -153,7 +153,8 @@ def test_a_check_cannot_disturb_the_next(solution, write):
     notebook = solution(LAB)
     _code(notebook, "add_noise").source += (
         "\n    pass\n_original = ForwardProcessImpl.add_noise\n"
-        "def _once(self, *args, **kwargs):\n    ForwardProcessImpl.add_noise = None\n    DDIMSampler.sample = None\n"
+        "def _once(self, *args, **kwargs):\n    'Disturbs.'\n    ForwardProcessImpl.add_noise = None\n"
+        "    DDIMSampler.sample = None\n"
         "    result = _original(self, *args, **kwargs)\n    ForwardProcessImpl.add_noise = _once\n    return result\n"
         "ForwardProcessImpl.add_noise = _once\n"
     )

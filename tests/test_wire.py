@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 
+from autograder.submission.client import Submission
 from autograder.submission.wire import (
     MAX_MESSAGE,
     Channel,
@@ -36,6 +37,11 @@ def _round(value):
 )
 def test_plain_values_come_back(value):
     assert _round(value) == value
+
+
+def test_a_tuple_arrives_as_a_tuple_and_comes_back_as_a_list():
+    submission = Submission.local({"extend": lambda shape, more: [type(more).__name__, (1, *shape) + shape[:1]]})
+    assert submission.extend((2, 3), [4]) == ["list", [1, 2, 3, 2]]
 
 
 def test_tuples_and_ranges_come_back_as_lists():

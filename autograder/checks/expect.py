@@ -122,7 +122,7 @@ def close(
     Args:
         actual, expected: tensors of one shape (expected may broadcast).
         what: how the hint names the value.
-        mistakes: misconception -> the values it would give; the first that fits is named in the hint.
+        mistakes: misconception -> the values it would give; the hint names the one that fits best, of equals the first.
 
     Raises:
         CheckFailed: otherwise.
@@ -131,12 +131,16 @@ def close(
     if is_close(actual, expected, rtol, atol):
         return
     error = (actual.double() - expected).abs()
+    found, nearest = "", math.inf
     for mistake, values in (mistakes or {}).items():
         values = torch.as_tensor(values, dtype=torch.float64).broadcast_to(actual.shape)
+        off = (actual.double() - values).abs().max().item()
         # Looser than for the truth, as a mistake rounds in its own way, but it must be far nearer than the truth is.
-        nearer = (actual.double() - values).abs().max() < 0.2 * error.max()
-        if nearer and is_close(actual, values, 10 * rtol, 10 * atol):
-            fail(f"{what}: these values are what {mistake} gives.")
+        fits = off < 0.2 * error.max().item() and is_close(actual, values, 10 * rtol, 10 * atol)
+        if fits and off < 0.1 * nearest:
+            found, nearest = mistake, off
+    if found:
+        fail(f"{what}: these values are what {found} gives.")
     worst = int(error.argmax())
     got, want = actual.double().flatten()[worst].item(), expected.flatten()[worst].item()
     fail(f"{what} is off by up to {error.max().item():.3g}: got {got:.5g} where {want:.5g} was expected.")

@@ -19,6 +19,7 @@ import torch
 
 from autograder.submission.server import Server, exception_for
 from autograder.submission.wire import (
+    TUPLE,
     Channel,
     Handle,
     Malformed,
@@ -172,6 +173,8 @@ class Submission:
             return value._handle
         if isinstance(value, NoiseSchedule):
             return ScheduleReference(value.betas64)
+        if isinstance(value, tuple):
+            return {TUPLE: [self._pack(item) for item in value]}
         if isinstance(value, list):
             return [self._pack(item) for item in value]
         if isinstance(value, dict):

@@ -49,7 +49,7 @@ class Limits:
     submission: float = 900.0  # cells and checks together
     grace: float = 3.0  # after a cell's own alarm, before its process is killed
     memory: int = 4 * 2**30  # bytes, of all its processes together
-    processes: int = 64  # threads included
+    processes: int = 64 + (os.cpu_count() or 1)  # threads included; some libraries start one for each core
 
 
 class WorkerFailed(Exception):

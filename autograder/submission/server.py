@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from autograder.submission.wire import Figure, Handle, Reference, ScheduleReference
+from autograder.submission.wire import TUPLE, Figure, Handle, Reference, ScheduleReference
 from difflab.schedule import NoiseSchedule
 
 __all__ = ["RemoteModel", "Server", "describe", "exception_for"]
@@ -127,6 +127,8 @@ class Server:
             return NoiseSchedule(value.betas)
         if isinstance(value, list):
             return [self._unpack(item) for item in value]
+        if isinstance(value, dict) and value.keys() == {TUPLE}:
+            return tuple(self._unpack(item) for item in value[TUPLE])
         if isinstance(value, dict):
             return {key: self._unpack(item) for key, item in value.items()}
         return value

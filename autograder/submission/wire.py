@@ -25,6 +25,7 @@ __all__ = [
     "Malformed",
     "Reference",
     "ScheduleReference",
+    "TUPLE",
     "decode",
     "encode",
     "printable",
@@ -46,6 +47,7 @@ DTYPES = {
     "uint8": torch.uint8,
     "bool": torch.bool,
 }
+TUPLE = "()"  # {TUPLE: [...]} in a request is a tuple: contracts promise one for a shape, and programs may rely on it
 _TENSOR, _HANDLE, _REFERENCE, _SCHEDULE, _FIGURE = 1, 2, 3, 4, 5
 
 

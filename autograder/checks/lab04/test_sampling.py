@@ -178,11 +178,11 @@ def test_ddim_chain(submission, rng):
 def with_timesteps(diffusion, submission, total):
     """Where ddim_timesteps is wrong, and its points are lost, a right one takes its place."""
 
-    def right(num_steps):
+    def right(num_steps, *_args, **_keywords):
         return ideal_timesteps(total, num_steps, power=1).round().long()
 
     try:
-        for num_steps in (1, 8, 90):
+        for num_steps in (1, 8, total):
             timesteps = hold_timesteps(diffusion.ddim_timesteps(num_steps), "", total, num_steps)
             if (timesteps - right(num_steps)).abs().max() > 1:
                 break

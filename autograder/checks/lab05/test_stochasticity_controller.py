@@ -35,8 +35,8 @@ def test_ddim_stochastic_variance(submission, rng):
             "the factor (1 − ᾱ_s)/(1 − ᾱ_t) left out": eta**2 * (1 - a_t / a_s),
             "β_t of one step in place of 1 − ᾱ_t/ᾱ_s": eta**2 * (1 - a_s) / (1 - a_t) * c.beta(t),
         }  # fmt: skip
-        # 1 − ᾱ_t/ᾱ_s of neighbours has few digits left in float32.
-        rtol = 2e-3 if t - s == 1 else 3e-4
+        # In float32 few digits are left of 1 − ᾱ_t/ᾱ_s for neighbours, and of 1 − ᾱ_s near clean data.
+        rtol = 2e-3 if t - s == 1 or s < 20 else 3e-4
         expect.close(value, eta**2 * unit, f"σ² from t = {t} to s = {s} with η = {eta}", mistakes, rtol, 1e-9)
 
 
