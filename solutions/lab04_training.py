@@ -905,7 +905,7 @@ plots.show_images({row["name"]: row["samples"][:12] for row in comparison})
 # features of a classifier; lower is better, and *n* belongs to it), *recognised* is the share that the classifier is more
 # than 90 % sure of. A few hundred digits are enough to rank samplers, not to tell close ones apart.
 
-# %% tags=["demo"]
+# %% tags=["demo", "nbval-ignore-output"]
 diffusion = Diffusion(trained, trained_schedule)
 noise = torch.randn(256, 1, 28, 28, generator=torch.Generator().manual_seed(5))
 for num_steps in (50, 20, 10):
