@@ -171,7 +171,8 @@ def test_train_step(submission, rng):
     if len(still) == len(moved):
         expect.fail("train_step leaves the weights as they are: is optimizer.step() missing, or zero_grad() between "
                     "backward() and step()?")  # fmt: skip
-    missed = [name for name in still if name in _reached(ours, schedule, x_0)]
+    reached = _reached(ours, schedule, x_0)
+    missed = [name for name in still if name in reached]
     if missed:
         expect.fail(f"train_step does not change {missed[0]}: no gradient reaches it.")
     if passes(test_ema, submission, rng):
