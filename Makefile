@@ -29,6 +29,7 @@ SAMPLE = $(BIN)/difflab sample --from solutions/lab04_training/lab04_training.ip
 notebooks: $(VENV)/installed  ## build and execute every notebook, and the rubric, from solutions/*.py
 	$(BIN)/python -m autograder build
 	$(BIN)/python docs/samplers.py
+	$(BIN)/python docs/pictures.py
 	$(SAMPLE) --method ddpm --out docs/lab04-ddpm.png
 	$(SAMPLE) --method ddim --num-steps 50 --out docs/lab04-ddim50.png
 	$(SAMPLE) --method ddim --num-steps 20 --out docs/lab04-ddim20.png

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import re
+import runpy
 
 import nbformat
 import pytest
@@ -67,6 +68,14 @@ def test_the_readme_says_what_is_there(course):
     assert f"{mutants} solutions with one realistic mistake each" in readme
     alternatives = len(list((course / "tests").glob("lab*/alternatives/*.py")))
     assert f"{alternatives} correct solutions in other styles" in readme
+
+
+def test_the_readmes_pictures_are_those_of_the_notebooks(course):
+    module = runpy.run_path(str(course / "docs" / "pictures.py"))
+    readme = (course / "README.md").read_text(encoding="utf-8")
+    for name in module["PICTURES"]:
+        assert f"docs/{name}" in readme
+        assert (course / "docs" / name).read_bytes() == module["picture"](name), f"docs/{name} {STALE}"
 
 
 def test_every_file_of_data_is_described(course):
