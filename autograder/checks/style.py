@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Callable, Mapping, Sequence
 
 from pyflakes import messages
@@ -12,6 +13,8 @@ from autograder.checks import NotYet, expect
 
 __all__ = ["hold_style"]
 
+# Magics whose cell runs as if they were not there; IPython would make a string of it.
+TRANSPARENT = re.compile(r"\A\s*%%(time|capture)\b.*\n")
 UNTIDY = (messages.UnusedVariable, messages.UnusedImport, messages.UndefinedName, messages.UndefinedLocal)
 
 
@@ -57,7 +60,7 @@ def _parse(sources) -> ast.Module:
     lines: list[str] = []
     for source in sources:
         try:
-            text = TransformerManager().transform_cell(source)
+            text = TransformerManager().transform_cell(TRANSPARENT.sub("", source))
             ast.parse(text)
         except (SyntaxError, ValueError, RecursionError, MemoryError):
             continue
