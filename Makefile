@@ -21,7 +21,7 @@ test-fast: $(VENV)/installed  ## the loop for daily work, without notebooks and 
 	$(BIN)/ruff check . && $(BIN)/python -m pytest -q -n 2 --dist loadgroup -m "not slow" tests
 
 soak: $(VENV)/installed  ## the solution regraded 200 times, mutants and alternatives with other seeds, long fuzzing
-	DIFFLAB_TEST_REPEATS=200 $(BIN)/python -m pytest -q tests/lab* -k again_and_again
+	DIFFLAB_TEST_REPEATS=200 $(BIN)/python -m pytest -q -n 2 tests/lab* -k again_and_again
 	DIFFLAB_FUZZ_EXAMPLES=5000 $(BIN)/python -m pytest -q -n 2 tests/attacks/test_fuzz.py
 	for seed in 1000 2000 3000; do DIFFLAB_TEST_SEED=$$seed $(BIN)/python -m pytest -q -n 2 tests/lab* || exit 1; done
 
