@@ -5,7 +5,7 @@ Everything returns a closed matplotlib Figure: as the last line of a cell it is 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -82,12 +82,24 @@ def trajectory(states: Sequence[Tensor], count: int = 10, rows: int = 3, title: 
 
 
 def curves(
-    lines: Mapping[str, tuple[Sequence[float], Sequence[float]]], xlabel: str, ylabel: str, title: str = "", **axes_set
+    lines: Mapping[str, tuple[Sequence[float], Sequence[float]]],
+    xlabel: str,
+    ylabel: str,
+    title: str = "",
+    points: Collection[str] = (),
+    **axes_set,
 ) -> Figure:
-    """Labelled curves {label: (x, y)} with markers; further keywords go to `Axes.set`, e.g. yscale="log"."""
+    """Labelled curves {label: (x, y)} with markers.
+
+    Args:
+        lines: what to draw.
+        points: labels of those whose markers are not joined by a line.
+        axes_set: further keywords go to `Axes.set`, e.g. yscale="log".
+    """
     figure, axes = plt.subplots(figsize=(6, 3.4), layout="constrained")
     for label, (x, y) in lines.items():
-        axes.plot(x, y, marker="o", markersize=3, linewidth=1.2, label=label)
+        size, width = (5, 0) if label in points else (3, 1.2)
+        axes.plot(x, y, marker="o", markersize=size, linewidth=width, label=label)
     axes.set(xlabel=xlabel, ylabel=ylabel, title=title, **axes_set)
     if axes.get_xscale() == "log":
         _plain_ticks(axes, sorted({value for x, _ in lines.values() for value in x}))
