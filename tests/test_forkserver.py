@@ -130,9 +130,9 @@ def test_a_server_that_goes_meanwhile_is_said():
 def test_what_goes_wrong_in_the_fork_is_said(workers, monkeypatch):
     workers.start(BWRAP, Limits()).close()  # so that there is a server, whichever test runs first
     monkeypatch.setattr(Sandbox, "new_user", lambda self: -5)
-    with WorkerProcess(BWRAP, Limits(start=5), workers._server) as worker:
-        with pytest.raises(WorkerFailed, match="did not start.*gid is less than minimum"):
-            worker.run_cells([])
+    said = pytest.raises(WorkerFailed, match="did not start.*gid is less than minimum")
+    with WorkerProcess(BWRAP, Limits(start=5), workers._server) as worker, said:
+        worker.run_cells([])
 
 
 def test_where_no_server_works_each_worker_is_started_afresh(monkeypatch):
