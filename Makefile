@@ -47,5 +47,5 @@ clean:  ## remove the environment and everything generated locally
 
 $(VENV)/installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[grading,cluster,dev]"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[grading,cluster,acceleration,dev]"
 	touch $@
