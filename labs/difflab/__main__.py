@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from difflab import datasets, metrics
 from difflab.checkpoints import load_checkpoint, save_checkpoint
+from difflab.compression_table import PARTS, CompressionTable, Measurement, compression_table
 from difflab.paths import data_path, ensure_writable
 from difflab.schedule import NoiseSchedule
 from difflab.timing import count_calls, synchronize
@@ -110,6 +111,20 @@ def _parser() -> argparse.ArgumentParser:
     table.add_argument("--work", type=Path, default=Path("runs/quality"), help="keeps finished batches")
     table.add_argument("--out", type=Path, default=Path("quality.json"))
     table.set_defaults(command=_quality_table)
+
+    compression = commands.add_parser("compression-table", help="measure Lab 7's tables; run again to resume")
+    compression.add_argument("--from", dest="notebook", type=Path, required=True, metavar="NOTEBOOK")
+    compression.add_argument(
+        "--parts", nargs="+", choices=PARTS, default=list(PARTS), metavar="PART", help=", ".join(PARTS)
+    )
+    compression.add_argument("--checkpoint", default="mnist-small", help="a .safetensors file or a name in data/")
+    compression.add_argument("--num", type=int, default=1024, help="digits for each row")
+    compression.add_argument("--seed", type=int, default=0, help="of x_T")
+    compression.add_argument("--batch-size", type=int, default=64)
+    compression.add_argument("--finetune-steps", type=int, default=1000, help="of pruned and of 4-bit networks")
+    compression.add_argument("--work", type=Path, default=Path("runs/compression"), help="keeps finished batches")
+    compression.add_argument("--out", type=Path, default=Path("compression.json"), help="other parts in it are kept")
+    compression.set_defaults(command=_compression_table, device="cpu")
     return parser
 
 
@@ -340,6 +355,28 @@ def _quality_table(arguments: argparse.Namespace) -> None:
     )  # fmt: skip
     arguments.out.write_text(table.to_json() + "\n", encoding="utf-8")
     print(to_markdown(table))
+
+
+def _compression_table(arguments: argparse.Namespace) -> None:
+    from difflab.notebook import load_notebook
+
+    namespace = load_notebook(arguments.notebook)
+    needed = ("MomentumSampler", "noise_prediction_mse", "quantize_model", "prune_model")
+    if missing := [name for name in needed if name not in namespace]:
+        raise ValueError(f"{arguments.notebook} does not define {', '.join(missing)}; give a notebook of Lab 7")
+    model, schedule = _checkpoint(arguments)
+    test_images, _ = datasets.load_mnist("test", fallback=False)
+    if not 2 <= arguments.num <= len(test_images):
+        raise ValueError(f"--num must lie between 2 and {len(test_images):,}, got {arguments.num}")
+    measurement = Measurement(
+        namespace, model, schedule, datasets.load_mnist("train")[0], test_images, arguments.work, arguments.num,
+        arguments.seed, arguments.batch_size, arguments.finetune_steps, lambda line: print(line, flush=True),
+    )  # fmt: skip
+    table = compression_table(arguments.out) if arguments.out.exists() else CompressionTable()
+    for name in arguments.parts:
+        table.parts[name] = measurement.measure(name)
+        arguments.out.write_text(table.to_json() + "\n", encoding="utf-8")
+        print(f"\n### {name}\n\n{table[name].markdown()}\n", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,126 @@
+"""Lab 7, part 3: solutions with one realistic mistake each, the checks each must lose, and what the hint must say."""
+
+from __future__ import annotations
+
+from tests.accuracy import Mutant
+
+_MAGNITUDE = "return weight.flatten(1).norm(dim=1)"
+_BY_RATIO = "scores.argsort()[: round(ratio * len(scores))].sort().values"
+_TAYLOR = "return products.abs().sum(1) if separately else products.sum(1).abs()"
+_STOP = "        if loss.item() <= threshold * largest:\n            break\n"
+_COUNT = "output.numel() * layer.weight[0].numel()"
+_UNITS = "torch.stack([scores[name].reshape(-1, group.units).mean(0) for name in group.layers]).mean(0)"
+_SHARE = "(round(ratio * turn / iterations * units) - (units - group.units)) / group.units"
+
+MUTANTS = [
+    # -- scores
+    Mutant("the L1 norm", "channel_magnitudes", "norm(dim=1)", "abs().sum(1)", {"channel_magnitudes": "the L1 norm"}),
+    Mutant("no root", "channel_magnitudes", "norm(dim=1)", "square().sum(1)", {"channel_magnitudes": "without its root"}),
+    Mutant("input channels", "channel_magnitudes", _MAGNITUDE, "return weight.transpose(0, 1).flatten(1).norm(dim=1)",
+           {"channel_magnitudes": "shape"}),
+    Mutant("a mean over the kernel", "channel_magnitudes", _MAGNITUDE,
+           "return weight.flatten(1).square().mean(1).sqrt()", {"channel_magnitudes": "root of the mean square"}),
+    # -- which go
+    Mutant("the highest go", "channels_to_prune", "scores.argsort()", "scores.argsort(descending=True)",
+           {"channels_to_prune": "the highest scores"}),
+    Mutant("those that stay", "channels_to_prune", "[: round(ratio * len(scores))]", "[round(ratio * len(scores)) :]",
+           {"channels_to_prune": "that are to stay"}),
+    Mutant("cut off", "channels_to_prune", "round(ratio * len(scores))", "int(ratio * len(scores))",
+           {"channels_to_prune": "cut off in place of rounded"}),
+    Mutant("not sorted", "channels_to_prune", ".sort().values", "", {"channels_to_prune": "ascending order"}),
+    Mutant("above the threshold", "channels_to_prune", "scores < threshold", "scores > threshold",
+           {"channels_to_prune": "above it"}),
+    Mutant("the threshold itself", "channels_to_prune", "scores < threshold", "scores <= threshold",
+           {"channels_to_prune": "equals the threshold"}),
+    Mutant("an empty layer", "channels_to_prune", "if len(chosen) == len(scores):", "if False:",
+           {"channels_to_prune": "no channel would be left"}),
+    Mutant("any ratio", "channels_to_prune", "elif 0 <= ratio < 1:", "elif ratio < 1.2:",
+           {"channels_to_prune": "ratio −0.2"}),
+    Mutant("both rules", "channels_to_prune", "(ratio is None) == (threshold is None)", "ratio is None is threshold",
+           {"channels_to_prune": "both a ratio and a threshold"}),
+    # -- Taylor
+    Mutant("no absolute value", "taylor_importance", "products.sum(1).abs()", "products.sum(1)",
+           {"taylor_importance": "without the absolute value"}),
+    Mutant("the two exchanged", "taylor_importance", "if separately", "if not separately",
+           {"taylor_importance": "in place of |Σ w·g|"}),
+    Mutant("always one by one", "taylor_importance", _TAYLOR, "return products.abs().sum(1)",
+           {"taylor_importance": "in place of |Σ w·g|"}),
+    Mutant("never one by one", "taylor_importance", _TAYLOR, "return products.sum(1).abs()",
+           {"taylor_importance": "in place of Σ |w·g|"}),
+    Mutant("squares", "taylor_importance", "products.abs().sum(1)", "products.square().sum(1)",
+           {"taylor_importance": "the sum of squares"}),
+    Mutant("a mean", "taylor_importance", "products.abs().sum(1)", "products.abs().mean(1)",
+           {"taylor_importance": "the mean in place of the sum"}),
+    Mutant("magnitude of gradients", "taylor_importance", "(weight * gradient)", "(gradient)",
+           {"taylor_importance": "the gradient alone"}),
+    # -- gradients over timesteps
+    Mutant("goes on", "diffusion_gradients", "            break\n", "            continue\n",
+           {"diffusion_gradients": "goes on after the first small loss"}),
+    Mutant("no threshold", "diffusion_gradients", _STOP, "", {"diffusion_gradients": "keeps all timesteps"}),
+    Mutant("the small one too", "diffusion_gradients", _STOP + "        loss.backward()\n        kept.append(t)\n",
+           "        loss.backward()\n        kept.append(t)\n" + _STOP,
+           {"diffusion_gradients": "takes the timestep at which it stops"}),
+    Mutant("the small one in the sum alone", "diffusion_gradients", _STOP + "        loss.backward()\n",
+           "        loss.backward()\n" + _STOP, {"diffusion_gradients": "has the timestep at which it stops"}),
+    Mutant("beside the first", "diffusion_gradients", "largest = max(largest, loss.item())",
+           "largest = largest or loss.item()", {"diffusion_gradients": "compares with the first loss"}),
+    Mutant("the loss itself", "diffusion_gradients", "threshold * largest", "threshold",
+           {"diffusion_gradients": "compares the loss itself"}),
+    Mutant("from T down", "diffusion_gradients", "range(schedule.num_timesteps)",
+           "reversed(range(schedule.num_timesteps))", {"diffusion_gradients": "begins at the last timestep"}),
+    Mutant("the last gradient", "diffusion_gradients", "        loss.backward()",
+           "        network.zero_grad()\n        loss.backward()", {"diffusion_gradients": "last timestep's gradient alone"}),
+    Mutant("a mean over timesteps", "diffusion_gradients", "else p.grad for", "else p.grad / len(kept) for",
+           {"diffusion_gradients": "the mean over timesteps"}),
+    Mutant("sum of pixels", "diffusion_gradients", "device=x_t.device)), noise)",
+           'device=x_t.device)), noise, reduction="sum")', {"diffusion_gradients": "the sum over pixels"}),
+    Mutant("gradients kept", "diffusion_gradients", "copy.deepcopy(model).requires_grad_(True)\n    network.zero_grad()",
+           "model.requires_grad_(True)", {"diffusion_gradients": "off by"}),
+    Mutant("clean images", "diffusion_gradients", "network(x_t,", "network(x_0,",
+           {"diffusion_gradients": "shown the clean x_0"}),
+    # -- cost
+    Mutant("operations", "count_macs", _COUNT, "2 * " + _COUNT, {"count_macs": "two for each"}),
+    Mutant("no linear layers", "count_macs", "(nn.Conv2d, nn.Linear)", "nn.Conv2d", {"count_macs": "without the linear"}),
+    Mutant("no kernels", "count_macs", "layer.weight[0].numel()", "layer.weight.shape[1]",
+           {"count_macs": "without the size of the kernels"}),
+    Mutant("parameters", "count_macs", _COUNT, "layer.weight.numel()", {"count_macs": "the number of weights"}),
+    Mutant("the wrong size", "count_macs", "torch.zeros(1, *shape)", "torch.zeros(1, shape[0], 28, 28)",
+           {"count_macs": "28 × 28"}),
+    # -- taking them out
+    Mutant("the original", "prune_model", "copy.deepcopy(model)", "model", {"prune_model": "changes the network"}),
+    Mutant("the first layer", "prune_model", _UNITS, "scores[group.layers[0]].reshape(-1, group.units).mean(0)",
+           {"prune_model": "first layer alone"}),
+    Mutant("the largest layer", "prune_model", "for name in group.layers]).mean(0)",
+           "for name in group.layers]).amax(0)", {"prune_model": "the largest of the layers' scores"}),
+    Mutant("units in a row", "prune_model", "scores[name].reshape(-1, group.units).mean(0)",
+           "scores[name].reshape(group.units, -1).mean(1)", {"prune_model": "not the right ones"}),
+    Mutant("old scores", "prune_model", "        scores = importance(pruned)\n        for",
+           "        scores = importance(model)\n        for", {"prune_model": "shape"}),
+    Mutant("the ratio in every turn", "prune_model", "share = " + _SHARE, "share = ratio",
+           {"prune_model": "removes the whole ratio in every turn"}),
+    Mutant("a part in every turn", "prune_model", "share = " + _SHARE, "share = ratio / iterations",
+           {"prune_model": "ratio/K of what is left"}),
+    Mutant("one turn", "prune_model", "range(1, iterations + 1)", "range(iterations, iterations + 1)",
+           {"prune_model": "what a single turn gives"}),
+    Mutant("threshold forgotten", "prune_model", "channels_to_prune(of_units, share, threshold)",
+           "channels_to_prune(of_units, share or 0.0)", {"prune_model": "removes nothing"}),
+    # -- settings and training
+    Mutant("the lower end", "ratio_for_macs", "    return high", "    return low", {"ratio_for_macs": "more than the target"}),
+    Mutant("the upper end", "ratio_for_macs", "while high - low > tolerance:", "while high - low > 0.1:",
+           {"ratio_for_macs": "is not the smallest"}),
+    Mutant("one by one", "ratio_for_macs", "    low, high = 0.0, largest\n",
+           "    low, high = 0.0, largest\n    for step in range(int(largest / tolerance) + 1):\n"
+           "        if share_left(step * tolerance) <= target:\n            return step * tolerance\n",
+           {"ratio_for_macs": "halving the interval"}),
+    Mutant("out of reach", "ratio_for_macs", "if share_left(largest) > target:", "if False:",
+           {"ratio_for_macs": "does not meet"}),
+    Mutant("not trained", "finetune", "        optimizer.step()\n", "", {"finetune": "leaves the weights"}),
+    Mutant("no teacher", "finetune", "if teacher is not None:", "if False:", {"finetune": "never asks the teacher"}),
+    Mutant("gradients through the teacher", "finetune", "            with torch.no_grad():\n                target",
+           "            if True:\n                target", {"finetune": "without gradients"}),
+    Mutant("one timestep", "finetune", "torch.randint(schedule.num_timesteps, (batch_size,))",
+           "torch.randint(schedule.num_timesteps, (1,)).expand(batch_size)", {"finetune": "same timestep"}),
+    Mutant("teacher asked, noise learned", "finetune", "F.mse_loss(model(x_t, t), target)",
+           "F.mse_loss(model(x_t, t), noise)", {"finetune": "nearer to its teacher"}),
+    Mutant("gradients pile up", "finetune", "optimizer.zero_grad()", "model.train()", {"finetune": "loss"}),
+]  # fmt: skip

@@ -1,0 +1,85 @@
+"""Mistakes in Lab 7's samplers."""
+
+from __future__ import annotations
+
+from tests.accuracy import Mutant
+
+_EULER = "x = x_t + beta * (x_t / 2 - eps / math.sqrt(1 - alpha_bar))"
+_NOISE = "return x + math.sqrt(beta) * torch.randn_like(x) if t > 0 else x"
+_MOVED = "moved = (math.sqrt(max(1 - a_s - variance, 0.0) / a_s) - math.sqrt((1 - a_t) / a_t)) * eps"
+_UPDATE = "return a * m + b * d, (1 - c) * v + c * d.square().mean((1, 2, 3))"
+_MOVE = "x = math.sqrt(a_s) * (x / math.sqrt(a_t) + m / (v.sqrt() + zeta)[:, None, None, None])"
+
+MUTANTS = [
+    Mutant("score of the wrong sign", "euler_step", "x_t / 2 - eps", "x_t / 2 + eps", {"euler_step": "other sign"}),
+    Mutant("score without root", "euler_step", "math.sqrt(1 - alpha_bar))", "(1 - alpha_bar))",
+           {"euler_step": "lacks its square root in the score"}),
+    Mutant("half a score", "euler_step", "eps / math", "eps / 2 / math",
+           {"euler_step": "factor ½ stands at the score"}),
+    Mutant("drift without half", "euler_step", "x_t / 2 - eps", "x_t - eps", {"euler_step": "factor ½ of the drift"}),
+    Mutant("shrinks", "euler_step", "(x_t / 2 - eps", "(-x_t / 2 - eps", {"euler_step": "time runs backwards"}),
+    Mutant("ddpm mean", "euler_step", _EULER,
+           "x = (x_t - beta / math.sqrt(1 - alpha_bar) * eps) / math.sqrt(1 - beta)",
+           {"euler_step": "DDPM's mean"}),
+    Mutant("beta for its root in Euler", "euler_step", "math.sqrt(beta) * torch", "beta * torch",
+           {"euler_step": "scaled by β_t"}),
+    Mutant("noise at the end", "euler_step", " if t > 0 else x", "", {"euler_step": "adds noise at t = 0"}),
+    Mutant("no noise in Euler", "euler_step", _NOISE, "return x", {"euler_step": "adds no noise"}),
+    Mutant("two calls", "euler_step", "    beta, alpha_bar",
+           "    eps = (eps + self.model(x_t, torch.full((len(x_t),), t, device=x_t.device))) / 2\n    beta, alpha_bar",
+           {"euler_step": "call the network once"}),
+    Mutant("as the report prints it", "displacement", " - math.sqrt((1 - a_t) / a_t)) * eps", ") * eps",
+           {"displacement": "second root left out"}),
+    Mutant("roots exchanged", "displacement", "moved = (", "moved = -(", {"displacement": "roots exchanged"}),
+    Mutant("variance not taken off", "displacement", "1 - a_s - variance, 0.0", "1 - a_s, 0.0",
+           {"displacement": "not taken off"}),
+    Mutant("eta once", "displacement", "variance = eta**2", "variance = eta", {"displacement": "η in place of η²"}),
+    Mutant("noise not divided", "displacement", "math.sqrt(variance / a_s) * z", "math.sqrt(variance) * z",
+           {"displacement": "without its division by √ᾱ_s"}),
+    Mutant("noise given and ignored", "displacement", "z = torch.randn_like(eps) if z is None else z",
+           "z = torch.randn_like(eps)", {"displacement": "off by"}),
+    Mutant("index -1 wraps in displacement", "displacement", "self.schedule.alpha_bar(s)",
+           "self.schedule.alphas_cumprod[s]", {"displacement": "wraps to the last timestep"}),
+    Mutant("plain roots", "displacement", _MOVED,
+           "moved = (math.sqrt(max(1 - a_s - variance, 0.0)) - math.sqrt(1 - a_t)) * eps",
+           {"displacement": "not divided by √ᾱ"}),
+    Mutant("a and b exchanged", "momentum_update", "a * m + b * d", "b * m + a * d",
+           {"momentum_update": "a and b exchanged"}),
+    Mutant("c swapped", "momentum_update", "(1 - c) * v + c * d", "c * v + (1 - c) * d",
+           {"momentum_update": "c and 1 − c exchanged"}),
+    Mutant("one second moment for all", "momentum_update", "d.square().mean((1, 2, 3))", "d.square().mean()",
+           {"momentum_update": "one mean over the whole batch"}),
+    Mutant("sum of squares for the mean", "momentum_update", "d.square().mean((1, 2, 3))", "d.square().sum((1, 2, 3))",
+           {"momentum_update": "sum of the squares"}),
+    Mutant("square of the mean", "momentum_update", "d.square().mean((1, 2, 3))", "d.mean((1, 2, 3)).square()",
+           {"momentum_update": "the square of the mean"}),
+    Mutant("momentum not handed on", "momentum_sample", "m, v = self.momentum_update(",
+           "_, v = self.momentum_update(", {"momentum_sample": "a momentum that stays 0"}),
+    Mutant("displacement taken whole", "momentum_sample",
+           "m, v = self.momentum_update(self.displacement(eps, t, s, eta), m, v, a, b, c)",
+           "m = self.displacement(eps, t, s, eta)", {"momentum_sample": "without the momentum"}),
+    Mutant("v for its root", "momentum_sample", "(v.sqrt() + zeta)", "(v + zeta)",
+           {"momentum_sample": "v in place of √v"}),
+    Mutant("zeta left out", "momentum_sample", "(v.sqrt() + zeta)", "v.sqrt()", {"momentum_sample": "ζ left out"}),
+    Mutant("never divided", "momentum_sample", "m / (v.sqrt() + zeta)[:, None, None, None]", "m",
+           {"momentum_sample": "no division by √v"}),
+    Mutant("alpha_bar for its root in sample", "momentum_sample", "x / math.sqrt(a_t)", "x / a_t",
+           {"momentum_sample": "a division by ᾱ_t"}),
+    Mutant("not scaled back", "momentum_sample", _MOVE, _MOVE.replace("math.sqrt(a_s) * ", ""),
+           {"momentum_sample": "no multiplication by √ᾱ_s"}),
+    Mutant("eta dropped", "momentum_sample", "self.displacement(eps, t, s, eta)", "self.displacement(eps, t, s)",
+           {"momentum_sample": "is η handed on"}),
+    Mutant("last jump missing", "momentum_sample", "zip(timesteps, [*timesteps[1:], -1])",
+           "zip(timesteps, timesteps[1:])", {"momentum_sample": "should make 11 network calls"}),
+    Mutant("gradients kept on", "momentum_sample", "@torch.no_grad()\n", "",
+           {"momentum_sample": "without gradients"}),
+    Mutant("mean over the batches", "noise_mse", "total += (predicted - noise).square().sum().item()\n"
+           "    return total / eps.numel()", "total += (predicted - noise).square().mean().item()\n"
+           "    return total / -(-len(x_0) // batch_size)", {"noise_mse": "mean over batches"}),
+    Mutant("clean images shown", "noise_mse", "model(a.sqrt() * x + (1 - a).sqrt() * noise, times)", "model(x, times)",
+           {"noise_mse": "clean images"}),
+    Mutant("single-step alpha", "noise_mse", "schedule.alpha_bar(times)", "schedule.alphas[times]",
+           {"noise_mse": "single step"}),
+    Mutant("root mean square", "noise_mse", "return total / eps.numel()", "return math.sqrt(total / eps.numel())",
+           {"noise_mse": "the root of the mean"}),
+]  # fmt: skip
