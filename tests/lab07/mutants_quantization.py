@@ -113,7 +113,8 @@ MUTANTS = [
            "            conv.weight.data, symmetric_scale(conv.weight.data, weight_bits, True), weight_bits)\n"
            "    return quantized", {"quantize_model": "conv_in and conv_out"}),
     Mutant("bits of the network exchanged", "quantize_model", "weight_bits, activation_bits)\n        setattr",
-           "activation_bits, weight_bits)\n        setattr", {"quantize_model": ""}),
+           "activation_bits, weight_bits)\n        setattr",
+           {"quantize_model": "exchanged in the layers", "model_bytes": "activation_bits in place"}),
     Mutant("never split", "quantize_model", "scales = activation_scales(model, calibration, activation_bits, split)\n",
            "split = False\n    scales = activation_scales(model, calibration, activation_bits, split)\n",
            {"quantize_model": "the other choice of split"}),

@@ -440,16 +440,22 @@ def test_activation_scales(submission, rng):
     for bits, split in ((3, True), (8, True), (4, False)):
         what = f"activation_scales with bits = {bits}, split = {split}"
         pieces = _pieces(network, split)
-        scales = _held_scales(trial.scales(x, t, bits, split), pieces, what)
+        scales = _held_scales(trial.scales(x, t, bits, split, 5), pieces, what)
         seen = _watch(network, pieces, x, t)
         for name, sizes in pieces.items():
             for got, piece, whole in zip(scales[name], seen[name].split(sizes, 1), [seen[name]] * 2):
                 half = " (a half)" * (len(sizes) > 1)
                 _hold_scale(submission, got, piece, whole, bits, f"{what}: the scale of {name}{half}")
-    before = network.state_dict()
-    after = trial.original()
-    if any(not torch.equal(before[name], after[name]) for name in before):
+    if not _same_weights(trial.weights(), network):
         expect.fail("activation_scales should leave the network as it is.")
+
+
+def _same_weights(state, network) -> bool:
+    """Does a state dict hold the network's weights?"""
+    own = network.state_dict()
+    return isinstance(state, dict) and state.keys() == own.keys() and all(
+        isinstance(value, torch.Tensor) and torch.equal(value, own[name]) for name, value in state.items()
+    )
 
 
 def _hold_scale(submission, got, piece, whole, bits, what):
@@ -639,28 +645,32 @@ def test_quantize_model(submission, rng):
         trial.quantize(x, t, weight_bits, activation_bits, split)
         what = f"the network quantized with bits {weight_bits} and {activation_bits}, split = {split},"
         answer = expect.tensor(trial.answer(x, t), f"the answer of {what}", tuple(x.shape))
-        original = trial.original()
-        if original.keys() != network.state_dict().keys() or any(
-            not torch.equal(value, original[name]) for name, value in network.state_dict().items()
-        ):
+        if not _same_weights(trial.weights(), network):
             expect.fail("quantize_model should leave the network it is given as it is: work on copy.deepcopy(model).")
         pieces = _pieces(network, split)
-        scales = _held_scales(trial.scales(x, t, activation_bits, split), pieces, "activation_scales")
+        fresh = submission.QuantizationTrial(network.state_dict(), CHANNELS, TIME_DIM)
+
+        def scales_for(bits, split, pieces, fresh=fresh):
+            return _held_scales(fresh.scales(x, t, bits, split, 32), pieces, "activation_scales")
+
+        scales = scales_for(activation_bits, split, pieces)
         plain = network(x, t)
 
         def by_hand(weight_bits=weight_bits, activation_bits=activation_bits, scales=scales, pieces=pieces, **options):
             return _by_hand(network, x, t, scales, pieces, weight_bits, activation_bits, **options)
 
-        other = _held_scales(trial.scales(x, t, activation_bits, not split), _pieces(network, not split), "")
-        eights = _held_scales(trial.scales(x, t, weight_bits, split), pieces, "")
+        other_pieces = _pieces(network, not split)
+        other = scales_for(activation_bits, not split, other_pieces)
+        of_weight_bits = scales_for(weight_bits, split, pieces)
         mistakes = {
             "the float network": plain,
             "weights that are not rounded": by_hand(weights=False),
             "activations that are not rounded": by_hand(activations=False),
             "conv_in and conv_out rounded as well": by_hand(also=OUTER),
-            "weight_bits and activation_bits exchanged": by_hand(activation_bits, weight_bits, eights),
-            "the scales that belong to weight_bits": by_hand(scales=eights),
-            "the other choice of split": by_hand(scales=other, pieces=_pieces(network, not split)),
+            "weight_bits and activation_bits exchanged": by_hand(activation_bits, weight_bits, of_weight_bits),
+            "weight_bits and activation_bits exchanged in the layers": by_hand(activation_bits, weight_bits),
+            "the scales that belong to weight_bits": by_hand(scales=of_weight_bits),
+            "the other choice of split": by_hand(scales=other, pieces=other_pieces),
             "one scale for all output channels": by_hand(per_channel=False),
             "a network whose attention stays float": by_hand(
                 scales=scales, pieces={n: s for n, s in pieces.items() if "attention" not in n}
@@ -717,10 +727,10 @@ def test_model_bytes(submission, rng):
     plain = 4 * sum(p.numel() for p in network.parameters())
     for weight_bits, activation_bits, split in ((5, 8, True), (3, 4, False)):
         trial = submission.QuantizationTrial(network.state_dict(), CHANNELS, TIME_DIM)
-        trial.quantize(x, t, weight_bits, activation_bits, split)
         value = expect.tensor(trial.bytes(False), "model_bytes of a float network", ())
         if value != plain:
             expect.fail(f"model_bytes of a float network should be 4 bytes a parameter, {plain}; got {value.item():g}.")
+        trial.quantize(x, t, weight_bits, activation_bits, split)
         value = expect.tensor(trial.bytes(True), "model_bytes of a quantized network", ())
 
         def count(bits=weight_bits, rounded=math.ceil, channel_scales=1, input_scales=1, bias=4, split=split):
@@ -782,8 +792,7 @@ def test_finetune_quantized(submission, rng):
             kind = f"{len(losses)} of them" if isinstance(losses, list) else type(losses).__name__
             expect.fail(f"finetune_quantized should return a list of {STEPS} losses, one for each step; got {kind}.")
         losses = [float(expect.tensor(loss, "a loss", ())) for loss in losses]
-        original = trial.original()
-        if any(not torch.equal(value, original[name]) for name, value in network.state_dict().items()):
+        if not _same_weights(trial.weights(True), network):
             expect.fail("finetune_quantized changed the teacher; train the quantized network alone.")
         after = distance()
         if after == before:
