@@ -46,7 +46,8 @@ With conda: `conda env create -f environment.yml`, `conda activate difflab`, `ju
 LABS
 
 Open a notebook, fill a `TODO`, run the cell and the `check(...)` below it: a green line, or a hint. Save, and hand the
-notebook in under its own name. The checks are in `autograder/checks`, and you may read them: they are the ones that grade you.
+notebook in under its own name. The checks are in `autograder/checks`, and you may read them: the
+same ones grade you.
 
 **On Colab or a JupyterHub** upload this zip beside the notebook, and run once in a new first cell
 
