@@ -1,4 +1,4 @@
-"""Do the files around the code say what is true: environment, workflows, hooks, change log, the page on writing a lab?"""
+"""Do the files around the code say what is true: environment, workflows, hooks, change log, how to write a lab?"""
 
 from __future__ import annotations
 

@@ -41,7 +41,9 @@ def test_a_report_as_a_table():
     notes = ["cell 3: ValueError: <img src=x> \n# ![a](javascript:b) | `c`"]
     graded = Report("lab", 2, 5.5, 8, checks, sandbox="bwrap", device="cpu", notes=notes)
     title, _, said, *rows, _, note = graded.to_markdown().splitlines()
-    assert title == "## lab: 2 of 5.5 automatic points" and said.startswith("8 more are given by a person. Sandbox: bwrap")
+    assert title == "## lab: 2 of 5.5 automatic points" and said.startswith(
+        "8 more are given by a person. Sandbox: bwrap"
+    )
     assert [row.split(" | ")[1:3] for row in rows[3:]] == [["three", "0 / 0.5"], ["two", "0 / 3"], ["one", "2 / 2"]]
     assert all(row.count("|") == 5 for row in rows[1:])
     assert note.startswith("* cell 3") and not re.search(r"[<>\[\]|`!]", note[1:] + rows[3].split(" | ")[3][:-1])

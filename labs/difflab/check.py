@@ -14,7 +14,7 @@ from typing import Any
 
 __all__ = ["CheckNotPassed", "check"]
 
-WIDTH = 84  # letters; what a notebook shows beside the file browser of a small laptop
+WIDTH = 88  # letters; what a notebook shows beside the file browser of a small laptop
 
 
 class CheckNotPassed(AssertionError):

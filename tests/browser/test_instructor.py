@@ -20,8 +20,10 @@ def course_folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("formgrader") / "course"
     set_up(folder)
     hand_in(folder, [STUDENT])
-    # as nbgrader's exchange notes it; feedback goes back to what came by the exchange
-    (folder / "submitted" / STUDENT / LAB / "timestamp.txt").write_text("2026-10-02 15:58:23.948203 UTC")
+    # what `nbgrader submit` adds, and by which feedback finds its way back
+    notes = {"timestamp.txt": "2026-10-02 15:58:23.948203 UTC", "submission_secret.txt": "a secret"}
+    for name, text in notes.items():
+        (folder / "submitted" / STUDENT / LAB / name).write_text(text)
     return folder
 
 
@@ -41,6 +43,8 @@ def formgrader(open_page, course_folder):
 
 
 def test_the_afternoon(formgrader, course_folder, picture):
+    from playwright.sync_api import expect
+
     page, tab = formgrader
 
     def press(button: str, name: str) -> None:
@@ -60,8 +64,8 @@ def test_the_afternoon(formgrader, course_folder, picture):
     tab.locator("td.num-submissions a").click()
     press("autograde", "instructor-2-autograded")
     report = grade(course_folder / "submitted" / STUDENT / LAB / f"{LAB}.ipynb")
-    assert tab.locator("td.score").inner_text() == f"{report.score:g} / 100"
-    assert tab.locator("td.status").inner_text() == "needs manual grading"
+    expect(tab.locator("td.score")).to_have_text(f"{report.score:g} / 100")
+    expect(tab.locator("td.status")).to_have_text("needs manual grading")
 
     tab.get_by_role("link", name="Manual Grading").click()
     for link in (LAB, LAB, "Submission"):
@@ -89,8 +93,8 @@ def test_the_afternoon(formgrader, course_folder, picture):
     for link in ("Manual Grading", "Manage Assignments"):
         tab.get_by_role("link", name=link).click()
     tab.locator("td.num-submissions a").click()
-    assert tab.locator("td.score").inner_text() == f"{report.score + 9:g} / 100"
-    assert tab.locator("td.status").inner_text() == "graded"
+    expect(tab.locator("td.score")).to_have_text(f"{report.score + 9:g} / 100")
+    expect(tab.locator("td.status")).to_have_text("graded")
     press("generate-feedback", "instructor-4-feedback")
     press("release-feedback", "instructor-5-released")
     (released,) = (course_folder.parent / "exchange").glob("*/feedback/*.html")
