@@ -17,7 +17,7 @@ FOLDER = "difflab-students"  # what the zip unpacks to
 
 _PARTS = (
     "LICENSE", "pyproject.toml",
-    "labs/difflab/*.py", "data/*.npz", "data/*.safetensors", "data/*.json", "data/README.md",
+    "labs/difflab/**/*.py", "data/*.npz", "data/*.safetensors", "data/*.json", "data/README.md",
     # of the grader what `check` needs in a notebook, which runs on Windows, too; not what runs notebooks of others
     "autograder/__init__.py", "autograder/report.py", "autograder/checks/**/*.py", "autograder/checks/pytest.ini",
     "autograder/submission/__init__.py", "autograder/submission/client.py", "autograder/submission/server.py",
@@ -71,7 +71,7 @@ def bundle_files(course: Path = notebooks.COURSE) -> dict[str, bytes]:
     files["README.md"] = _README.replace("LABS", "\n".join(rows)).encode()
     # Students have nothing to grade, so they need no nbgrader.
     environment = (course / "environment.yml").read_text(encoding="utf-8")
-    files["environment.yml"] = re.sub(r"\bgrading,?|\[grading\]", "", environment).encode()
+    files["environment.yml"] = re.sub(r"\[grading\]|grading,|,grading", "", environment).encode()
     return files
 
 
