@@ -23,7 +23,7 @@ ARGUMENTS = (
     "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--disable-quic", "--no-first-run",
     "--disable-background-networking", "--disable-component-update", "--disable-sync",
 )  # fmt: skip
-PATIENCE = 180  # seconds until a page or a cell counts as stuck; a slow machine needs a fraction of them
+PATIENCE = 300  # seconds until a page or a cell counts as stuck; a slow machine needs a fraction of them
 
 
 @pytest.fixture(scope="module")

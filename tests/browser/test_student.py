@@ -7,7 +7,7 @@ import shutil
 
 import pytest
 
-from tests.browser.conftest import PATIENCE, jupyterlab
+from tests.browser.conftest import jupyterlab
 
 LAB = "lab05_sampling"
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("browser")]
@@ -151,7 +151,6 @@ def test_a_long_cell_shows_how_far_it_is(notebook, picture):
 
 def test_run_all_of_a_half_done_notebook(notebook, picture):
     """Does it go through to the end, each missing exercise one line, and nothing red from our side?"""
-    notebook.page.set_default_timeout(2 * PATIENCE * 1000)
     notebook.run_all()
     said = notebook.output("code-style").inner_text()
     assert "code_style" in said and "Traceback" not in said
