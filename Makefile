@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help demo test test-fast soak notebooks benchmark lint clean
+.PHONY: help demo test test-fast soak notebooks bundle benchmark lint clean
 
 help:  ## list the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -33,6 +33,9 @@ notebooks: $(VENV)/installed  ## build and execute every notebook, and the rubri
 	$(SAMPLE) --method ddpm --out docs/lab04-ddpm.png
 	$(SAMPLE) --method ddim --num-steps 50 --out docs/lab04-ddim50.png
 	$(SAMPLE) --method ddim --num-steps 20 --out docs/lab04-ddim20.png
+
+bundle: $(VENV)/installed  ## write difflab-students.zip: all that students receive, and no solution
+	$(BIN)/python -m autograder bundle
 
 benchmark: $(VENV)/installed  ## time and memory of grading a notebook and a class; what sampling loops cost
 	$(BIN)/python benchmarks/grading.py

@@ -1,4 +1,4 @@
-"""The command line: python -m autograder grade NOTEBOOK, grade-class SUBMITTED, gradescope LAB, build, rubric."""
+"""The command line: python -m autograder grade NOTEBOOK, grade-class SUBMITTED, gradescope LAB, build, bundle."""
 
 from __future__ import annotations
 
@@ -37,6 +37,9 @@ def _parser() -> argparse.ArgumentParser:
         "--lab", default=None, help="name of the lab, e.g. lab05_sampling (default: found from the notebook)"
     )
     one.add_argument("--json", default=None, metavar="FILE", help="write the report as JSON; - for standard output")
+    one.add_argument(
+        "--markdown", default=None, metavar="FILE", help="add the report to FILE as a table; - to print it"
+    )
     one.add_argument("--sandbox", choices=LEVELS, default="auto")
     one.add_argument("--seed", type=int, default=None, help="repeat the random inputs of an earlier run")
     one.set_defaults(command=_grade)
@@ -68,6 +71,10 @@ def _parser() -> argparse.ArgumentParser:
     build.add_argument("--no-execute", action="store_true", help="keep the outputs that are there")
     build.set_defaults(command=_build)
 
+    bundle = commands.add_parser("bundle", help="write the zip that students receive")
+    bundle.add_argument("--out", type=Path, default=Path("difflab-students.zip"))
+    bundle.set_defaults(command=_bundle)
+
     rubric = commands.add_parser("rubric", help="print the grading rubric")
     rubric.set_defaults(command=_rubric)
     return parser
@@ -84,12 +91,17 @@ def _grade(arguments: argparse.Namespace) -> None:
         report = grade(arguments.notebook, arguments.lab, seed=arguments.seed, worker=worker)
     if sandbox.level != "bwrap":
         print(f"Sandbox {sandbox.level}: {sandbox.note}", file=sys.stderr)
+    if arguments.json not in (None, "-"):
+        Path(arguments.json).write_text(report.to_json() + "\n", encoding="utf-8")
+    if arguments.markdown not in (None, "-"):
+        with open(arguments.markdown, "a", encoding="utf-8") as file:  # GitHub's summary of a job may have begun
+            file.write(report.to_markdown())
     if arguments.json == "-":
         print(report.to_json())
-        return
-    if arguments.json:
-        Path(arguments.json).write_text(report.to_json() + "\n", encoding="utf-8")
-    print(format_report(report))
+    elif arguments.markdown == "-":
+        print(report.to_markdown(), end="")
+    else:
+        print(format_report(report))
 
 
 def _grade_class(arguments: argparse.Namespace) -> None:
@@ -189,6 +201,13 @@ def _build(arguments: argparse.Namespace) -> None:
     from autograder.authoring import build_all
 
     build_all(execute_all=not arguments.no_execute, labs=arguments.labs)
+
+
+def _bundle(arguments: argparse.Namespace) -> None:
+    from autograder.bundle import write_bundle
+
+    write_bundle(arguments.out)
+    print(f"{arguments.out}: {arguments.out.stat().st_size / 2**20:.0f} MB for students, no solution in it")
 
 
 def _rubric(_arguments: argparse.Namespace) -> None:

@@ -8,7 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import nbformat
@@ -88,9 +88,10 @@ def set_up(folder: Path) -> None:
     shutil.copy(COURSE / "solutions" / LAB / f"{LAB}.ipynb", source)
 
 
-def hand_in(folder: Path) -> None:
-    """What the class hands in, under submitted/."""
-    for student, (_, edit) in CLASS.items():
+def hand_in(folder: Path, students: Iterable[str] = CLASS) -> None:
+    """What the class, or these of it, hand in, under submitted/."""
+    for student in students:
+        _, edit = CLASS[student]
         solution = nbformat.read(COURSE / "solutions" / LAB / f"{LAB}.ipynb", as_version=4)
         submission = edit(solution, nbformat.read(release_path(LAB), as_version=4))
         for cell in submission.cells:

@@ -112,7 +112,9 @@ def wait_for_gradebook(**_: Any) -> None:
 
     nbgrader itself would show a traceback and advise to upgrade the database.
     """
-    wait_until_free(Application.instance().coursedir.db_url, seconds=60)
+    course = getattr(Application.instance(), "coursedir", None)
+    if course is not None:  # else this is formgrader, within the Jupyter server, which is not to be stopped
+        wait_until_free(course.db_url, seconds=60)
 
 
 def wait_until_free(url: str, seconds: float) -> None:

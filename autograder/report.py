@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -41,6 +42,24 @@ class Report:
         """The report as a JSON object."""
         return json.dumps(asdict(self), indent=2, ensure_ascii=False)
 
+    def to_markdown(self) -> str:
+        """The report as a table, for a page that shows Markdown: a row for each check, what is missing first."""
+        marks = {"passed": "✅", "todo": "⬜", "missing": "⬜"}
+        rows = sorted(self.checks, key=lambda check: (check.status == "passed", check.status in marks))
+        lines = [
+            f"## {self.lab}: {self.score:g} of {self.max_score:g} automatic points",
+            "",
+            f"{self.manual_points:g} more are given by a person. Sandbox: {self.sandbox}, device: {self.device}.",
+            "",
+            "| | Check | Points | |",
+            "|---|---|---:|---|",
+        ]
+        for check in rows:
+            points = f"{check.points:g} / {check.max_points:g}"
+            lines.append(f"| {marks.get(check.status, '❌')} | {check.name} | {points} | {_as_text(check.hint)} |")
+        lines += ["", *(f"* {_as_text(note)}" for note in self.notes)] if self.notes else []
+        return "\n".join(lines) + "\n"
+
     @classmethod
     def from_json(cls, text: str) -> Report:
         """Read what `to_json` wrote."""
@@ -50,6 +69,11 @@ class Report:
     def from_dict(cls, fields: dict[str, Any]) -> Report:
         """Read what `dataclasses.asdict` made."""
         return cls(**{**fields, "checks": [CheckResult(**check) for check in fields["checks"]]})
+
+
+def _as_text(words: str) -> str:
+    """Words that a submission may have chosen, as Markdown that shows them and does nothing."""
+    return re.sub(r"([\\`*_\[\]<>|~#!&@$:])", lambda sign: f"&#{ord(sign[0])};", " ".join(words.split()))
 
 
 @dataclass

@@ -72,7 +72,10 @@ def check_here() -> Callable[..., dict[str, CheckResult]]:
 
 
 def pytest_terminal_summary(terminalreporter) -> None:
-    """Say at which levels of the sandbox the attacks were tried."""
+    """Say at which levels of the sandbox the attacks were tried, and why the browser was not, if it was not."""
+    skipped = [report for report in terminalreporter.stats.get("skipped", []) if "tests/browser/" in report.nodeid]
+    for reason in sorted({report.longrepr[2] for report in skipped}):
+        terminalreporter.write_line(f"{reason} ({len(skipped)} tests)")
     tried: dict[str, list[int]] = {}
     for number, kind in enumerate(("passed", "failed")):
         for report in terminalreporter.stats.get(kind, []):

@@ -42,9 +42,25 @@ def test_green_line_hint_todo_and_unknown_name():
     assert "✓ ddim_predict_x0: 5 points" in outputs[1][0].text
     (hint,) = outputs[4]
     assert hint.output_type == "error" and len(hint.traceback) == 1, "a hint, not a traceback"
-    assert "the division by √ᾱ_t left out" in hint.traceback[0]
-    assert "ZeroDivisionError" in outputs[6][0].traceback[0] and "your cell, line 6" in outputs[6][0].traceback[0]
+    assert "the division by √ᾱ_t left out" in " ".join(hint.traceback[0].split())
+    assert max(map(len, hint.traceback[0].splitlines())) <= 100, "no line is left to JupyterLab to break within a word"
+    raised = " ".join(outputs[6][0].traceback[0].split())
+    assert "ZeroDivisionError" in raised and "your cell, line 6" in raised
     assert "there is no check 'ddim_step'; the checks are: " in outputs[7][0].evalue
+
+
+def test_an_exercise_still_to_be_written_is_one_line():
+    """Do cells that meet one say so without a traceback, and keep theirs those that fail in another way?"""
+    stub = "def draw(): raise NotImplementedError({!r})"
+    outputs = _run(
+        "from difflab.check import check",
+        stub.format("TODO: write this method") + "\ndraw()",
+        stub.format("no such device") + "\ndraw()",
+        "print('on it goes')",
+    )
+    assert outputs[1][0].traceback == ["\x1b[1m○ draw\x1b[0m: TODO: write this method"]
+    assert outputs[1][0].ename == "NotImplementedError" and outputs[1][0].evalue == "TODO: write this method"
+    assert len(outputs[2][0].traceback) > 1 and outputs[3][0].text == "on it goes\n"
 
 
 def test_a_check_leaves_the_random_numbers_of_the_notebook_alone():

@@ -16,7 +16,9 @@ def data_path(name: str) -> Path:
         FileNotFoundError: if it is in neither place.
     """
     clone = Path(__file__).resolve().parents[2] / "data"
-    for folder in (clone, Path(sysconfig.get_path("data")) / "share" / "difflab"):
+    # Into the environment, or where that is not the user's to write (on a JupyterHub) into their home.
+    installed = (sysconfig.get_path("data"), sysconfig.get_path("data", sysconfig.get_preferred_scheme("user")))
+    for folder in (clone, *(Path(place, "share", "difflab") for place in installed)):
         if (folder / name).exists():
             return folder / name
     raise FileNotFoundError(f"{name} is not in {clone}; get the whole repository, data/ included")
