@@ -114,7 +114,7 @@ MUTANTS = [
            "    return quantized", {"quantize_model": "conv_in and conv_out"}),
     Mutant("bits of the network exchanged", "quantize_model", "weight_bits, activation_bits)\n        setattr",
            "activation_bits, weight_bits)\n        setattr",
-           {"quantize_model": "exchanged in the layers", "model_bytes": "activation_bits in place"}),
+           {"quantize_model": "exchanged in the layers"}),
     Mutant("never split", "quantize_model", "scales = activation_scales(model, calibration, activation_bits, split)\n",
            "split = False\n    scales = activation_scales(model, calibration, activation_bits, split)\n",
            {"quantize_model": "the other choice of split"}),
@@ -123,7 +123,7 @@ MUTANTS = [
            {"quantize_model": "attention stays float"}),
     Mutant("nothing replaced", "quantize_model", "setattr(quantized.get_submodule(parent), child, layer)",
            "setattr(copy.deepcopy(quantized).get_submodule(parent), child, layer)",
-           {"quantize_model": "the float network"}),
+           {"quantize_model": "the float network", "finetune_quantized": "nothing to train"}),
     # -- size, training
     Mutant("scales not counted", "model_bytes", " + 4 * scales", " + 0 * scales", {"model_bytes": "scales left out"}),
     Mutant("input scales not counted", "model_bytes", "(len(weight) + 1)", "len(weight)",
@@ -144,5 +144,5 @@ MUTANTS = [
     Mutant("the teacher trained", "finetune_quantized", "torch.optim.Adam(quantized.parameters(), lr=lr)",
            "torch.optim.Adam([*quantized.parameters(), *teacher.requires_grad_(True).parameters()], lr=lr)\n"
            "    teacher.conv_in.weight.data += 0.01", {"finetune_quantized": "changed the teacher"}),
-    Mutant("a single loss", "finetune_quantized", "return losses", "return losses[-1]", {"finetune_quantized": "list of 30"}),
+    Mutant("a single loss", "finetune_quantized", "return losses", "return losses[-1]", {"finetune_quantized": "list of 20"}),
 ]  # fmt: skip
