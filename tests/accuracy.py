@@ -11,9 +11,21 @@ import nbformat
 import torch
 from nbformat import NotebookNode
 
+from autograder.checks.runner import checks_of
 from autograder.report import CheckResult
 
-__all__ = ["EMPTY", "REPEATS", "SEED", "Mutant", "alternatives", "answer_all", "failed", "mutate", "with_alternative"]
+__all__ = [
+    "EMPTY",
+    "REPEATS",
+    "SEED",
+    "Mutant",
+    "alternatives",
+    "answer_all",
+    "checks_at_stake",
+    "failed",
+    "mutate",
+    "with_alternative",
+]
 
 SEED = int(os.environ.get("DIFFLAB_TEST_SEED", "0"))  # `make soak` tries others
 REPEATS = int(os.environ.get("DIFFLAB_TEST_REPEATS", "5"))
@@ -39,6 +51,15 @@ class Mutant(NamedTuple):
     old: str
     new: str
     fails: dict[str, str]
+
+
+def checks_at_stake(mutant: Mutant, lab: str) -> list[str] | None:
+    """The checks of the sections that a mutant breaks; all of the lab in `make soak`, which has the time."""
+    if SEED:
+        return None
+    checks = checks_of(lab)
+    sections = {checks[name].section for name in mutant.fails}
+    return [name for name, check in checks.items() if check.section in sections]
 
 
 def failed(results: Mapping[str, CheckResult]) -> dict[str, str]:

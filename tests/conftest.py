@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 
 import nbformat
@@ -49,12 +49,15 @@ def student(course) -> Callable[[str], NotebookNode]:
 
 @pytest.fixture(scope="session")
 def check_here() -> Callable[..., dict[str, CheckResult]]:
-    """check_here(notebook, lab, seed): run its cells in this process, then all checks of the lab; results by name.
+    """check_here(notebook, lab, seed): run its cells in this process, then the lab's checks (all, or those of `names`);
+    results by name.
 
     The seed fixes both sides' random numbers, so that a red test is red again; `make soak` tries others.
     """
 
-    def check(notebook: NotebookNode, lab: str, seed: int = 0) -> dict[str, CheckResult]:
+    def check(
+        notebook: NotebookNode, lab: str, seed: int = 0, names: Collection[str] | None = None
+    ) -> dict[str, CheckResult]:
         torch.manual_seed(seed)
         namespace: dict = {"__name__": "__main__"}  # as in a kernel
         cells = to_run(notebook)
@@ -65,7 +68,7 @@ def check_here() -> Callable[..., dict[str, CheckResult]]:
         def open_submission() -> Iterator[Submission]:
             yield Submission.local(namespace)
 
-        results = run_checks(lab, open_submission, seed=seed, sources=[source for *_, source in cells])
+        results = run_checks(lab, open_submission, names, seed, sources=[source for *_, source in cells])
         return {result.name: result for result in results}
 
     return check

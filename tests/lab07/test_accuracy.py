@@ -5,7 +5,17 @@ from __future__ import annotations
 import pytest
 
 from autograder.checks.runner import checks_of
-from tests.accuracy import EMPTY, REPEATS, SEED, alternatives, answer_all, failed, mutate, with_alternative
+from tests.accuracy import (
+    EMPTY,
+    REPEATS,
+    SEED,
+    alternatives,
+    answer_all,
+    checks_at_stake,
+    failed,
+    mutate,
+    with_alternative,
+)
 from tests.lab07.mutants import MUTANTS
 
 LAB = "lab07_lightweight"
@@ -14,7 +24,8 @@ ALTERNATIVES = alternatives(__file__)
 
 @pytest.mark.parametrize("mutant", MUTANTS, ids=lambda m: m.name.replace(" ", "-"))
 def test_mutant_loses_exactly_what_it_breaks(mutant, solution, check_here):
-    results = failed(check_here(mutate(solution(LAB), mutant), LAB, seed=SEED))
+    at_stake = checks_at_stake(mutant, LAB)
+    results = failed(check_here(mutate(solution(LAB), mutant), LAB, seed=SEED, names=at_stake))
     assert results.keys() == mutant.fails.keys(), results
     for name, part in mutant.fails.items():
         assert part in results[name] and "[error]" not in results[name], results[name]

@@ -191,7 +191,9 @@ def test_fake_quantize_split(submission, rng):
         what = f"fake_quantize_split of pieces {sizes}"
         value = expect.tensor(submission.fake_quantize_split(x, scales, sizes, bits), what, tuple(x.shape))
         own = [_own_straight(submission, p, s, bits) for p, s in zip(parts, scales)]
-        if all(o is not None for o in own) and expect.is_close(value, torch.cat(own, 1), 1e-5, 1e-5 * float(max(scales))):
+        if all(o is not None for o in own) and expect.is_close(
+            value, torch.cat(own, 1), 1e-5, 1e-5 * float(max(scales))
+        ):
             continue
 
         def whole(s, parts=parts, bits=bits):
@@ -454,8 +456,10 @@ def test_activation_scales(submission, rng):
 def _same_weights(state, network) -> bool:
     """Does a state dict hold the network's weights?"""
     own = network.state_dict()
-    return isinstance(state, dict) and state.keys() == own.keys() and all(
-        isinstance(value, torch.Tensor) and torch.equal(value, own[name]) for name, value in state.items()
+    return (
+        isinstance(state, dict)
+        and state.keys() == own.keys()
+        and all(isinstance(value, torch.Tensor) and torch.equal(value, own[name]) for name, value in state.items())
     )
 
 
@@ -555,17 +559,17 @@ def test_quantized_conv(submission, rng):
         channels = sum(sizes)
         weight = torch.exp(images(rng, 6, 1, 1, 1).double()) * images(rng, 6, channels, 3, 3).double()
         if len(sizes) == 2:
-            weight[:, sizes[0]:] *= 4
+            weight[:, sizes[0] :] *= 4
         bias = images(rng, 6).double()
-        scales = [0.3 * 3.0**k / _q_max(activation_bits) * torch.ones((), dtype=torch.float64) for k in range(len(sizes))]
+        scales = [
+            0.3 * 3.0**k / _q_max(activation_bits) * torch.ones((), dtype=torch.float64) for k in range(len(sizes))
+        ]
         # None of the inputs is beyond the range, where a gradient may be lost at the outermost mark or a little later.
         x = torch.cat([_q_max(activation_bits) * s * (2 * torch.rand(3, n, 7, 7, generator=rng).double() - 1)
                        for s, n in zip(scales, sizes)], 1)  # fmt: skip
         out = F.conv2d(x, weight, bias, stride, 1)
         upstream = images(rng, *out.shape).double()
-        result = submission.layer_trial(
-            x, weight, bias, stride, scales, sizes, weight_bits, activation_bits, upstream
-        )
+        result = submission.layer_trial(x, weight, bias, stride, scales, sizes, weight_bits, activation_bits, upstream)
         y, weight_gradient, x_gradient = expect.tensors(result, "layer_trial", 3)
         what = f"a QuantizedConv2d with pieces of {sizes} channels, stride {stride}"
         y = expect.tensor(y, f"the output of {what},", tuple(out.shape))
@@ -683,7 +687,11 @@ def test_quantize_model(submission, rng):
         right = by_hand()
         if not _near(answer.double(), right, plain):
             own = _of_own_layers(submission, network, x, t, scales, pieces, weight_bits, activation_bits)
-            if own is not None and (answer - own).abs().max() <= 1e-5 * own.abs().max() and not _near(own, plain, right):
+            if (
+                own is not None
+                and (answer - own).abs().max() <= 1e-5 * own.abs().max()
+                and not _near(own, plain, right)
+            ):
                 continue  # the points for a wrong layer are lost there
         _hold_answer(answer, right, plain, mistakes, what)
 
