@@ -77,7 +77,8 @@ MUTANTS = [
     Mutant("sum of pixels", "diffusion_gradients", "device=x_t.device)), noise)",
            'device=x_t.device)), noise, reduction="sum")', {"diffusion_gradients": "the sum over pixels"}),
     Mutant("gradients kept", "diffusion_gradients",
-           "copy.deepcopy(model).requires_grad_(True)\n    network.zero_grad()", "model.requires_grad_(True)", {"diffusion_gradients": "off by"}),
+           "copy.deepcopy(model).requires_grad_(True)\n    network.zero_grad()", "model.requires_grad_(True)",
+           {"diffusion_gradients": "off by"}),
     Mutant("clean images", "diffusion_gradients", "network(x_t,", "network(x_0,",
            {"diffusion_gradients": "shown the clean x_0"}),
     # -- cost
@@ -125,6 +126,6 @@ MUTANTS = [
     Mutant("one timestep", "finetune", "torch.randint(schedule.num_timesteps, (batch_size,))",
            "torch.randint(schedule.num_timesteps, (1,)).expand(batch_size)", {"finetune": "same timestep"}),
     Mutant("teacher asked, noise learned", "finetune", "F.mse_loss(model(x_t, t), target)",
-           "F.mse_loss(model(x_t, t), noise)", {"finetune": "nearer to its teacher"}),
-    Mutant("gradients pile up", "finetune", "optimizer.zero_grad()", "model.train()", {"finetune": "loss"}),
+           "F.mse_loss(model(x_t, t), noise)", {"finetune": "near its teacher"}),
+    Mutant("the loss climbed", "finetune", "loss.backward()", "(-loss).backward()", {"finetune": "loss down"}),
 ]  # fmt: skip

@@ -820,9 +820,10 @@ def test_finetune(submission, rng):
         before = _distance(ours, teacher, schedule, pictures)
         ours.load_state_dict(_answer(trial.original(), _weights(ours), "finetune"))
         after = _distance(ours, teacher, schedule, pictures)
-    if not after < 0.5 * before:
-        expect.fail(f"{STEPS} steps should bring the network nearer to its teacher: their mean squared distance was {before:.2f} "
-                    f"and is {after:.2f}. The target is the teacher's answer, not the noise.")  # fmt: skip
+    # The answers have mean -2: who learns the noise, of mean 0, stays 4 away. What learns them came below 0.5.
+    if not after < 2:
+        expect.fail(f"{STEPS} steps should bring the network near its teacher, to a mean squared distance well below 2; it "
+                    f"was {before:.2f} and is {after:.2f}. The target is the teacher's answer, not the noise.")  # fmt: skip
     if not sum(losses[-10:]) < sum(losses[:10]):
         expect.fail("the losses that finetune returns should fall; are they those of its steps?")
 
@@ -838,9 +839,9 @@ def _hold_noise(submission, schedule, pictures, rng):
             expect.fail("finetune leaves the weights as they are: gradients on, backward() and optimizer.step()?")
         ours.load_state_dict(after_weights)
         after = _noise_loss(ours, schedule, pictures)
-    if not after < 0.5 * before:
-        expect.fail(f"{STEPS} steps without a teacher should at least halve the noise-prediction loss; it was {before:.2f} and is "
-                    f"{after:.2f}.")  # fmt: skip
+    if after > max(0.8 * before, 1.0):  # 1 is the loss of answering 0; the solution is left with 0.3 of the loss before
+        expect.fail(f"{STEPS} steps without a teacher should bring the noise-prediction loss down; it was {before:.2f} and "
+                    f"is {after:.2f}.")  # fmt: skip
     if not abs(losses[0] / before - 1) < 0.8 or not sum(losses[-10:]) < sum(losses[:10]):
         expect.fail(
             f"finetune should return the loss of each step, the first here about {before:.2f}; got {losses[0]:.3g}."
