@@ -111,7 +111,9 @@ def _parser() -> argparse.ArgumentParser:
     table.add_argument("--out", type=Path, default=Path("quality.json"))
     table.set_defaults(command=_quality_table)
 
-    solvers = commands.add_parser("solver-table", help="measure the solvers of a notebook of Lab 8; run again to resume")
+    solvers = commands.add_parser(
+        "solver-table", help="measure the solvers of a notebook of Lab 8; run again to resume"
+    )
     solvers.add_argument("--from", dest="notebook", type=Path, required=True, metavar="NOTEBOOK")
     solvers.add_argument("--checkpoint", default="mnist-small", help="a .safetensors file or a name in data/")
     solvers.add_argument("--seeds", type=int, nargs="+", default=[0], help="of x_T, one column of figures each")

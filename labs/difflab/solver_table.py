@@ -1,7 +1,7 @@
-"""What few network calls buy: the solvers of Lab 8 and encoder propagation, measured once, shipped as `data/solvers.json`.
+"""What few network calls buy: Lab 8's solvers and encoder propagation, measured once, shipped as `data/solvers.json`.
 
-Behind `difflab solver-table`. As `difflab.quality_table` it takes the samplers from a notebook and keeps finished batches
-on disk. Its noise is the same, so rows of both tables compare where n is the same.
+Behind `difflab solver-table`. As `difflab.quality_table` it takes the samplers from a notebook and keeps finished
+batches on disk. Its noise is the same, so rows of both tables compare where n is the same.
 """
 
 from __future__ import annotations
@@ -71,6 +71,7 @@ class SolverRow:
 
 ROWS = (
     SolverRow("dpm++2m", 20, "quadratic", 1.0, n=2048),
+    SolverRow("dpm++2m", 10, "quadratic"),
     SolverRow("dpm++2m", 20, "quadratic"),
     SolverRow("dpm++2m", 20, "quadratic", keys="paper"),
     SolverRow("dpm++2m", 20, "quadratic", keys="uniform-2"),

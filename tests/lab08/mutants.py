@@ -93,15 +93,15 @@ SOLVERS = [
     Mutant("memory not kept", "solver_sample", "x_0_before, t_before = x_0, t", "x_0_before, t_before = None, None",
            {"solver_sample": "memory", "solver_orders": "order 2"}),
     Mutant("time of the memory wrong", "solver_sample", "x_0_before, t_before = x_0, t",
-           "x_0_before, t_before = x_0, t_before or t", {"solver_sample": "off by", "solver_orders": "order 2"}),
+           "x_0_before, t_before = x_0, t_before or t", {"solver_sample": "the memory", "solver_orders": "order 2"}),
     Mutant("eta not passed on", "solver_sample", "x_0_before, t_before, eta)", "x_0_before, t_before)",
            {"solver_sample": "does not pass eta on"}),
     Mutant("on_state left out", "solver_sample", "if on_state is not None:", "if False:",
-           {"solver_sample": "on_state", "faster_sample": "strength is ignored"}),
+           {"solver_sample": "on_state should be called once a step"}),
     Mutant("on_state only shown", "solver_sample",
            "            x = on_state(x, t)\n        eps = self.model(x,",
            "            shown = on_state(x, t)\n        else:\n            shown = x\n        eps = self.model(shown,",
-           {"solver_sample": "on_state left out of the state", "faster_sample": ""}),
+           {"solver_sample": "on_state left out of the state"}),
     Mutant("whole timesteps", "solver_sample", "torch.full((len(x),), t, dtype=torch.float64, device=x.device)",
            "torch.full((len(x),), int(t), device=x.device)",
            {"solver_sample": "should be about t", "solver_orders": "order", "faster_sample": "batched and serial"}),
@@ -113,7 +113,7 @@ SOLVERS = [
     Mutant("slope with its sign", "convergence_order", _SLOPE, _SLOPE.replace("-((", "(("),
            {"convergence_order": "with its sign"}),
     Mutant("no logarithms", "convergence_order", "dtype=torch.float64).log()", "dtype=torch.float64)",
-           {"convergence_order": "off by"}),
+           {"convergence_order": "without logarithms"}),
 ]  # fmt: skip
 
 FEATURES = [

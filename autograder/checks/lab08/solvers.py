@@ -37,9 +37,7 @@ class Formulas:
         (a_t, b_t, _), (a_s, b_s, _) = self.levels(t), self.levels(s)
         return a_s * (x.double() - b_t * eps.double()) / a_t + b_s * eps.double()
 
-    def multistep_moments(
-        self, x: Tensor, D: Tensor, t: float, s: float, eta: float = 0.0
-    ) -> tuple[Tensor, float]:
+    def multistep_moments(self, x: Tensor, D: Tensor, t: float, s: float, eta: float = 0.0) -> tuple[Tensor, float]:
         """Mean and standard deviation of a ++ 2M step with the combined estimate D."""
         if s == -1:
             return D.double(), 0.0
@@ -120,7 +118,10 @@ class HalvedNetwork(RecordingNetwork):
     def _encode(self, x, t):
         level = self._level(t)
         h = torch.tanh(x.double().mean((2, 3), keepdim=True) + 2 * level)
-        return h.to(x.dtype), [(x.double() * (1 - 0.3 * level)).to(x.dtype), (x.double()[:, :, ::2, ::2] + level).to(x.dtype)]
+        return h.to(x.dtype), [
+            (x.double() * (1 - 0.3 * level)).to(x.dtype),
+            (x.double()[:, :, ::2, ::2] + level).to(x.dtype),
+        ]
 
     def _decode(self, h, skips, t):
         level = self._level(t)

@@ -27,7 +27,9 @@ def test_adjacent_changes(submission, rng):
         got = changes[key].tolist() if isinstance(changes[key], torch.Tensor) else changes[key]
         if not isinstance(got, list) or len(got) != len(pairs):
             size = len(got) if isinstance(got, list) else "no list"
-            expect.fail(f'"{key}" should hold {len(pairs)} numbers for {len(features)} steps, one a pair; it holds {size}.')
+            expect.fail(
+                f'"{key}" should hold {len(pairs)} numbers for {len(features)} steps, one a pair; it holds {size}.'
+            )
         values[key] = torch.stack([expect.tensor(v, f'an entry of "{key}"', ()).double() for v in got])
     mistakes = {
         "all images taken as one long vector": over(lambda a, b: (b - a).norm() / a.norm()),
