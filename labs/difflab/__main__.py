@@ -125,6 +125,17 @@ def _parser() -> argparse.ArgumentParser:
     compression.add_argument("--work", type=Path, default=Path("runs/compression"), help="keeps finished batches")
     compression.add_argument("--out", type=Path, default=Path("compression.json"), help="other parts in it are kept")
     compression.set_defaults(command=_compression_table, device="cpu")
+    solvers = commands.add_parser(
+        "solver-table", help="measure the solvers of a notebook of Lab 8; run again to resume"
+    )
+    solvers.add_argument("--from", dest="notebook", type=Path, required=True, metavar="NOTEBOOK")
+    solvers.add_argument("--checkpoint", default="mnist-small", help="a .safetensors file or a name in data/")
+    solvers.add_argument("--seeds", type=int, nargs="+", default=[0], help="of x_T, one column of figures each")
+    solvers.add_argument("--batch-size", type=int, default=128)
+    solvers.add_argument("--device", default=_default_device())
+    solvers.add_argument("--work", type=Path, default=Path("runs/solvers"), help="keeps finished batches")
+    solvers.add_argument("--out", type=Path, default=Path("solvers.json"))
+    solvers.set_defaults(command=_solver_table)
     return parser
 
 
@@ -377,6 +388,22 @@ def _compression_table(arguments: argparse.Namespace) -> None:
         table.parts[name] = measurement.measure(name)
         arguments.out.write_text(table.to_json() + "\n", encoding="utf-8")
         print(f"\n### {name}\n\n{table[name].markdown()}\n", flush=True)
+
+
+def _solver_table(arguments: argparse.Namespace) -> None:
+    from difflab.notebook import load_notebook
+    from difflab.solver_table import NEEDED, draw_solver_rows, to_markdown
+
+    namespace = load_notebook(arguments.notebook)
+    if missing := [name for name in NEEDED if name not in namespace]:
+        raise ValueError(f"{arguments.notebook} does not define {', '.join(missing)}; give a notebook of Lab 8")
+    model, schedule = _checkpoint(arguments)
+    table = draw_solver_rows(
+        namespace, model, schedule, arguments.work, tuple(arguments.seeds), arguments.batch_size, arguments.device,
+        report=lambda line: print(line, flush=True),
+    )  # fmt: skip
+    arguments.out.write_text(table.to_json() + "\n", encoding="utf-8")
+    print(to_markdown(table))
 
 
 if __name__ == "__main__":

@@ -27,8 +27,7 @@ MUTANTS = [
            "largest = x.abs().max()\n    if per_channel:\n        largest = largest.expand(len(x), *[1] * (x.ndim - 1))",
            {"symmetric_scale": "one scale for all channels"}),
     Mutant("channel dimensions dropped", "symmetric_scale", "keepdim=True", "keepdim=False",
-           {"symmetric_scale": "shape", "quantized_conv": "RuntimeError", "quantize_model": "RuntimeError",
-            "finetune_quantized": "RuntimeError"}),
+           {"symmetric_scale": "shape", "quantized_conv": "RuntimeError", "quantize_model": "RuntimeError"}),
     Mutant("a scale of zero", "symmetric_scale", "return torch.where(largest > 0, scale, torch.ones_like(scale))",
            "return scale", {"symmetric_scale": "all zero should be 1"}),
     Mutant("NaN accepted", "symmetric_scale", "if not bool(x.isfinite().all()):", "if False:",
@@ -52,7 +51,7 @@ MUTANTS = [
            "return clipped.detach() + fake_quantize(x, scale, bits) - clipped.detach()",
            {"straight_through": "zero everywhere"}),
     Mutant("not rounded forward", "straight_through", _STRAIGHT, "return clipped",
-           {"straight_through": "no rounding", "finetune_quantized": "nothing to train"}),
+           {"straight_through": "no rounding"}),
     # -- calibration
     Mutant("the samples among the states", "calibration_set", "[:-1][::every]", "[::every]",
            {"calibration_set": "t = −1"}),
@@ -81,7 +80,7 @@ MUTANTS = [
            {"activation_scales": "absolute errors"}),
     Mutant("worst for best", "activation_scales", "error.argmin()", "error.argmax()", {"activation_scales": "off by"}),
     Mutant("halves together", "activation_scales", "pieces = input_pieces(network, split)",
-           "pieces = input_pieces(network, False)", {"activation_scales": "list of as many scales", "quantize_model": "ValueError", "finetune_quantized": "ValueError"}),
+           "pieces = input_pieces(network, False)", {"activation_scales": "list of as many scales", "quantize_model": "ValueError"}),
     # -- quantized layers and networks
     Mutant("one scale for both", "fake_quantize_split", _PIECES,
            "straight_through(part, scales[0], bits) for part in x.split(sizes, dim=1)",
@@ -94,7 +93,7 @@ MUTANTS = [
            {"quantized_conv": "one scale for all output channels"}),
     Mutant("weights not rounded", "quantized_conv", _WEIGHT, "part", {"quantized_conv": "weights that are not rounded"}),
     Mutant("weights without gradient", "quantized_conv", "straight_through(part,", "fake_quantize(part,",
-           {"quantized_conv": "no gradient reaches the weights", "finetune_quantized": ""}),
+           {"quantized_conv": "no gradient reaches the weights"}),
     Mutant("input not rounded", "quantized_conv",
            "x = fake_quantize_split(x, self.scales, self.sizes, self.activation_bits)", "pass",
            {"quantized_conv": "an input that is not rounded"}),
@@ -104,7 +103,8 @@ MUTANTS = [
            "symmetric_scale(part.detach(), self.activation_bits, per_channel=True), self.activation_bits)",
            {"quantized_conv": "the activations' bits"}),
     Mutant("bias left out", "quantized_conv", "self.conv.bias", "None", {"quantized_conv": "missing bias"}),
-    Mutant("stride left out", "quantized_conv", "self.conv.stride", "1", {"quantized_conv": "shape"}),
+    Mutant("stride left out", "quantized_conv", "self.conv.stride", "1",
+           {"quantized_conv": "RuntimeError", "quantize_model": "RuntimeError"}),
     Mutant("no copy", "quantize_model", "copy.deepcopy(model)", "model", {"quantize_model": "deepcopy"}),
     Mutant("everything quantized", "quantize_model", "    return quantized",
            "    for end in ('conv_in', 'conv_out'):\n"
@@ -123,7 +123,7 @@ MUTANTS = [
            {"quantize_model": "attention stays float"}),
     Mutant("nothing replaced", "quantize_model", "setattr(quantized.get_submodule(parent), child, layer)",
            "setattr(copy.deepcopy(quantized).get_submodule(parent), child, layer)",
-           {"quantize_model": "the float network", "finetune_quantized": "nothing to train"}),
+           {"quantize_model": "the float network"}),
     # -- size, training
     Mutant("scales not counted", "model_bytes", " + 4 * scales", " + 0 * scales", {"model_bytes": "scales left out"}),
     Mutant("input scales not counted", "model_bytes", "(len(weight) + 1)", "len(weight)",
@@ -144,5 +144,5 @@ MUTANTS = [
     Mutant("the teacher trained", "finetune_quantized", "torch.optim.Adam(quantized.parameters(), lr=lr)",
            "torch.optim.Adam([*quantized.parameters(), *teacher.requires_grad_(True).parameters()], lr=lr)\n"
            "    teacher.conv_in.weight.data += 0.01", {"finetune_quantized": "changed the teacher"}),
-    Mutant("a single loss", "finetune_quantized", "return losses", "return losses[-1]", {"finetune_quantized": "list of 20"}),
+    Mutant("a single loss", "finetune_quantized", "return losses", "return losses[-1]", {"finetune_quantized": "list of 40"}),
 ]  # fmt: skip
