@@ -43,6 +43,8 @@ On Windows:
 
 With conda: `conda env create -f environment.yml`, `conda activate difflab`, `jupyter lab labs/`.
 
+Labs 7 and 8 need a few libraries more: the same command with `".[acceleration]"` in place of `.`.
+
 LABS
 
 Open a notebook, fill a `TODO`, run the cell and the `check(...)` below it: a green line, or a hint. Save, and hand the

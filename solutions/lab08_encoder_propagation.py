@@ -478,7 +478,10 @@ plots.curves(lines, "steps", "largest error", "On a network that is never wrong"
 # the second-to-last step at order 2 (the default lowers it below 15 steps), and it is given whole timesteps, the only ones
 # it knows. Its DPM-Solver without ++ cannot end at clean data at all.
 
-# %% tags=["demo"]
+# %% tags=["demo", "nbval-ignore-output"]
+from difflab.stable_diffusion import require_acceleration
+
+require_acceleration()
 from diffusers import DPMSolverMultistepScheduler
 
 solver, whole = DPMSolver(model, schedule), time_grid(schedule, 12, "time")
