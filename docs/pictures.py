@@ -13,6 +13,8 @@ import nbformat
 DOCS = Path(__file__).resolve().parent
 PICTURES = {  # file here -> the notebook, and a piece of the one cell that draws it
     "lab06-time.png": ("lab06_timing", "time_figure = plots.curves("),
+    "lab07-bits.png": ("lab07_lightweight", "four_bits = copy.deepcopy("),
+    "lab08-keys.png": ("lab08_encoder_propagation", "grid, drawn = time_grid(schedule, 20"),
 }
 
 
