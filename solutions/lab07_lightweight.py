@@ -800,12 +800,12 @@ def layer_inputs(
 
 # %% tags=["demo"]
 torch.manual_seed(0)
-some = calibration_set(model, schedule, torch.randn(8, 1, 28, 28))
+some = calibration_set(model, schedule, torch.randn(4, 1, 28, 28))
 largest = {name: [] for name in ("down.0.conv1", "down.2.conv1", "middle2.conv1", "up.0.skip", "up.2.skip")}
-for inputs in layer_inputs(model, some, {name: [model.get_submodule(name).in_channels] for name in largest}, 8):
+for inputs in layer_inputs(model, some, {name: [model.get_submodule(name).in_channels] for name in largest}, 4):
     for name, (piece,) in inputs.items():
         largest[name].append(piece.abs().max().item())
-plots.curves({name: (some[1][::8].tolist(), values) for name, values in largest.items()}, "t", "largest activation")
+plots.curves({name: (some[1][::4].tolist(), values) for name, values in largest.items()}, "t", "largest activation")
 
 # %% [markdown] given="activation_scales_text"
 # ### 2.4 Scales for activations
@@ -1133,8 +1133,7 @@ float_answer = model(*held_out)
 print("bits  calibrated on     split   error  at t = 999 … 0")
 rounded_networks = {}
 for bits, (name, chosen), split in [(8, ("trajectory", some), True), (8, ("t = 999", single), True),
-                                    (6, ("trajectory", some), True), (6, ("t = 999", single), True),
-                                    (6, ("trajectory", some), False), (4, ("trajectory", some), True),
+                                    (6, ("trajectory", some), True), (4, ("trajectory", some), True),
                                     (4, ("t = 999", single), True), (4, ("trajectory", some), False)]:  # fmt: skip
     network = rounded_networks[bits, name, split] = quantize_model(model, chosen, bits, bits, split)
     with torch.no_grad():
@@ -1222,7 +1221,7 @@ for name, network in {"float32": model, "4 bits": four_bits}.items():
     with progress(network, 20):
         *_, (drawn[name], _) = ddim_states(network, schedule, x_T, 20)
 with progress(four_bits, 80):
-    losses = finetune_quantized(four_bits, model, schedule, digits, steps=80, lr=5e-4, batch_size=16)
+    losses = finetune_quantized(four_bits, model, schedule, digits, steps=80, lr=5e-4, batch_size=8)
 *_, (drawn["4 bits, trained"], _) = ddim_states(four_bits, schedule, x_T, 20)
 print(f"squared distance to the float network: first ten steps {sum(losses[:10]) / 10:.4f}, "
       f"last ten {sum(losses[-10:]) / 10:.4f}")  # fmt: skip
@@ -1246,7 +1245,11 @@ plots.show_images(drawn)
 # set, and the runtime turns wrapped convolutions into integer ones. Read the three tools; each choice in them was
 # measured on a processor with AVX2:
 #
-# * convolutions only. GroupNorm, SiLU and attention stay float: they are cheap, and their ranges are wide.
+# * convolutions only, and not the first and the last. GroupNorm, SiLU and the attention's products stay float: they are
+#   cheap, and their ranges are wide. The two ends are 0.3 % of the multiplications, and eight bits ruin them: with both in
+#   int8 the Fréchet distance went from 38 to 322, without them it stayed 38 (n = 128, DDIM-20, one noise). The first sees
+#   the image itself, whose background is exactly −1. Rounding its *input* alone, with $s = 0.0332$, makes that −0.9955
+#   everywhere and at every step: 98. With a coarser $s = 1/27$, for which −1 is a mark: 38.
 # * activations unsigned, weights signed, one scale for each output channel: the pair that the processor's multiply
 #   instruction takes. Signed activations took a sixth longer.
 # * `reduce_range`: that instruction adds two products of 8 bits in 16 bits and saturates. With weights of seven bits it
@@ -1277,12 +1280,13 @@ def export_onnx(network: nn.Module, path: str | Path, size: int = 28) -> None:
 def quantize_onnx(
     source: str | Path, target: str | Path, calibration: tuple[Tensor, Tensor], batch_size: int = 32
 ) -> None:
-    """Write an int8 version of an ONNX network: its convolutions, calibrated on (x, t).
+    """Write an int8 version of an ONNX network: its convolutions but the first and last, calibrated on (x, t).
 
     Raises:
         ModuleNotFoundError: if the extra `acceleration` is not installed.
     """
     try:
+        import onnx
         from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
         from onnxruntime.quantization.shape_inference import quant_pre_process
     except ImportError:
@@ -1299,8 +1303,11 @@ def quantize_onnx(
     with tempfile.TemporaryDirectory() as folder:
         folded = str(Path(folder, "folded.onnx"))  # constants computed, neighbouring operations joined
         quant_pre_process(str(source), folded, skip_symbolic_shape=True)
+        nodes = [node for node in onnx.load(folded).graph.node if node.op_type == "Conv"]
+        ends = [node.name for node in nodes if any(i.startswith(("conv_in.", "conv_out.")) for i in node.input)]
         quantize_static(
             folded, str(target), Reader(), quant_format=QuantFormat.QDQ, op_types_to_quantize=["Conv"],
+            nodes_to_exclude=ends,
             per_channel=True, reduce_range=True, activation_type=QuantType.QUInt8, weight_type=QuantType.QInt8,
         )  # fmt: skip
 
@@ -1417,8 +1424,7 @@ print(table["quantization"])
 
 # %% tags=["demo", "nbval-ignore-output"]
 torch.manual_seed(0)
-noise = torch.randn(128, 1, 28, 28)
-print(table["quantization"], "\n")
+noise = torch.randn(64, 1, 28, 28)
 for name, network in {"float32": float_onnx, "int8": int8}.items():
     with progress(network, 20):
         *_, (samples, _) = ddim_states(network, schedule, noise, 20)
@@ -1630,6 +1636,49 @@ class KnownLosses(nn.Module):
         return self.weight * self.gains[t][:, None, None, None] * x
 
 
+# %% given="pruning_trial"
+class PruningTrial:
+    """What the checks talk to: a tiny U-Net made of the weights they send, in the hands of your functions."""
+
+    def __init__(self, weights: dict[str, Tensor], channels: list[int], time_dim: int):
+        self.network = tiny_unet(weights, channels, time_dim).requires_grad_(False)
+        self.pruned = self.network
+
+    def original(self) -> dict[str, Tensor]:
+        """The weights of the whole network."""
+        return dict(self.network.state_dict())
+
+    def prune(
+        self, scores: dict[str, Tensor] | None, ratio: float | None, threshold: float | None, iterations: int
+    ) -> dict[str, Tensor]:
+        """Weights of the copy that your prune_model makes, by these scores, or by the norms of the weights."""
+
+        def norms(network: nn.Module) -> dict[str, Tensor]:
+            layers = weighted_layers(network)
+            return {name: layer.weight.detach().square().flatten(1).sum(1).sqrt() for name, layer in layers.items()}
+
+        importance = norms if scores is None else lambda network: scores
+        self.pruned = prune_model(self.network, importance, ratio, threshold, iterations)
+        return dict(self.pruned.state_dict())
+
+    @torch.no_grad()
+    def answers(self, x: Tensor, t: Tensor) -> list[Tensor]:
+        """The noise that the pruned network sees, in one call and in two halves."""
+        return [self.pruned(x, t), self.pruned.decode(*self.pruned.encode(x, t), t)]
+
+    def gradients(self, schedule: NoiseSchedule, x_0: Tensor, noise: Tensor, threshold: float, timesteps: list[int]):
+        """What your diffusion_gradients gives."""
+        return diffusion_gradients(self.network, schedule, x_0, noise, threshold, timesteps)
+
+    def macs(self, shape: tuple[int, int, int]) -> int:
+        """What your count_macs gives."""
+        return count_macs(self.network, shape)
+
+    def finetune(self, schedule: NoiseSchedule, images: Tensor, steps: int, lr: float, batch_size: int, teacher=None):
+        """What your finetune gives; it trains the network itself."""
+        return finetune(self.network, schedule, images, steps, lr, batch_size, teacher)
+
+
 # %% check="diffusion_gradients"
 check("diffusion_gradients")
 
@@ -1692,6 +1741,9 @@ def count_macs(model: nn.Module, shape: tuple[int, int, int] = (1, 28, 28)) -> i
     return sum(counts)
     ### END SOLUTION
 
+
+# %% check="count_macs"
+check("count_macs")
 
 # %% [markdown] given="channel_groups_text"
 # ### 3.6 Take them out
@@ -1843,52 +1895,6 @@ def prune_model(
     ### END SOLUTION
 
 
-# %% given="pruning_trial"
-class PruningTrial:
-    """What the checks talk to: a tiny U-Net made of the weights they send, in the hands of your functions."""
-
-    def __init__(self, weights: dict[str, Tensor], channels: list[int], time_dim: int):
-        self.network = tiny_unet(weights, channels, time_dim).requires_grad_(False)
-        self.pruned = self.network
-
-    def original(self) -> dict[str, Tensor]:
-        """The weights of the whole network."""
-        return dict(self.network.state_dict())
-
-    def prune(
-        self, scores: dict[str, Tensor] | None, ratio: float | None, threshold: float | None, iterations: int
-    ) -> dict[str, Tensor]:
-        """Weights of the copy that your prune_model makes, by these scores, or by the norms of the weights."""
-
-        def norms(network: nn.Module) -> dict[str, Tensor]:
-            layers = weighted_layers(network)
-            return {name: layer.weight.detach().square().flatten(1).sum(1).sqrt() for name, layer in layers.items()}
-
-        importance = norms if scores is None else lambda network: scores
-        self.pruned = prune_model(self.network, importance, ratio, threshold, iterations)
-        return dict(self.pruned.state_dict())
-
-    @torch.no_grad()
-    def answers(self, x: Tensor, t: Tensor) -> list[Tensor]:
-        """The noise that the pruned network sees, in one call and in two halves."""
-        return [self.pruned(x, t), self.pruned.decode(*self.pruned.encode(x, t), t)]
-
-    def gradients(self, schedule: NoiseSchedule, x_0: Tensor, noise: Tensor, threshold: float, timesteps: list[int]):
-        """What your diffusion_gradients gives."""
-        return diffusion_gradients(self.network, schedule, x_0, noise, threshold, timesteps)
-
-    def macs(self, shape: tuple[int, int, int]) -> int:
-        """What your count_macs gives."""
-        return count_macs(self.network, shape)
-
-    def finetune(self, schedule: NoiseSchedule, images: Tensor, steps: int, lr: float, batch_size: int, teacher=None):
-        """What your finetune gives; it trains the network itself."""
-        return finetune(self.network, schedule, images, steps, lr, batch_size, teacher)
-
-
-# %% check="count_macs"
-check("count_macs")
-
 # %% check="prune_model"
 check("prune_model")
 
@@ -1929,8 +1935,8 @@ for name, layer in weighted_layers(model).items():
         scores[method][name] = taylor_importance(layer.weight, gradient, method == "Diff-Pruning")
 print(f"loss of the whole network {held_out_loss(model, schedule, held):.4f}; pruned, by ratio:")
 for method, known in scores.items():
-    losses = [held_out_loss(prune_model(model, lambda _: known, r), schedule, held) for r in (0.1, 0.2, 0.3)]
-    print(f"{method:24}" + "".join(f"  {ratio}: {loss:.4f}" for ratio, loss in zip((0.1, 0.2, 0.3), losses)))
+    losses = [held_out_loss(prune_model(model, lambda _: known, r), schedule, held) for r in (0.1, 0.3)]
+    print(f"{method:24}" + "".join(f"  {ratio}: {loss:.4f}" for ratio, loss in zip((0.1, 0.3), losses)))
 
 # %% [markdown] given="source_magnitude_answer"
 # > A tenth of the channels does next to nothing: every method finds them, chance does not. From 0.2 on, all do damage
@@ -2100,8 +2106,8 @@ print(f"ratio {half:.3f}: {share_left(half):.1%} of the MACs, {parameters:,} par
 print(f"held-out loss: whole network {held_out_loss(model, schedule, held):.4f}, "
       f"pruned {held_out_loss(light, schedule, held):.4f}")  # fmt: skip
 torch.manual_seed(0)
-with progress(light, 120):
-    distances = finetune(light, schedule, digits[:-60], 120, 2e-3, 16, model)
+with progress(light, 80):
+    distances = finetune(light, schedule, digits[:-60], 80, 2e-3, 16, model)
 print(f"after {len(distances)} steps beside its teacher: {held_out_loss(light, schedule, held):.4f}")
 plots.curves({"training": (range(1, len(distances) + 1), distances)}, "step", "distance from the teacher", yscale="log")
 

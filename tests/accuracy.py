@@ -54,12 +54,15 @@ class Mutant(NamedTuple):
 
 
 def checks_at_stake(mutant: Mutant, lab: str) -> list[str] | None:
-    """The checks of the sections that a mutant breaks; all of the lab in `make soak`, which has the time."""
+    """The checks that a mutant must lose and their neighbours, which are likeliest to be built on the same exercise.
+
+    For labs whose checks take seconds; None, for all checks of the lab, in `make soak`.
+    """
     if SEED:
         return None
-    checks = checks_of(lab)
-    sections = {checks[name].section for name in mutant.fails}
-    return [name for name, check in checks.items() if check.section in sections]
+    names = list(checks_of(lab))
+    lost = [names.index(name) for name in mutant.fails]
+    return [name for k, name in enumerate(names) if any(abs(k - place) <= 1 for place in lost)]
 
 
 def failed(results: Mapping[str, CheckResult]) -> dict[str, str]:

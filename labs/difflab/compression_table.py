@@ -233,10 +233,10 @@ class Measurement:
         for bits, kind, split in variants:
             network = book["quantize_model"](self.model, sets[kind], bits, bits, split)
             label = f"{bits} bits, {kind}" + ("" if split else ", not split")
-            yield self._entry(label, network, bits=bits, bytes=book["model_bytes"](network))
+            yield self._entry(label, network, timed=False, bits=bits, bytes=book["model_bytes"](network))
         network = book["quantize_model"](self.model, sets["trajectory"], 4, 4)
         self._finetuned("4 bits", network, "finetune_quantized")
-        yield self._entry("4 bits, fine-tuned", network, bits=4, bytes=book["model_bytes"](network))
+        yield self._entry("4 bits, fine-tuned", network, timed=False, bits=4, bytes=book["model_bytes"](network))
         for label, bits, path in zip(
             ("float32, onnxruntime", "int8, onnxruntime"), (32, 8), self._onnx_files("unmodified", self.model)
         ):
@@ -310,9 +310,9 @@ class Measurement:
             seconds = self._seconds(draw)
             yield Entry(label, draw, {"network_calls": num_steps, "seconds": seconds, "bytes": stored})
 
-    def _entry(self, label: str, network: Callable, **figures: float) -> Entry:
-        """A network that draws with DDIM."""
-        return Entry(label, self._draw(network), figures, network)
+    def _entry(self, label: str, network: Callable, timed: bool = True, **figures: float) -> Entry:
+        """A network that draws with DDIM; rounding that is only played has no time worth a column."""
+        return Entry(label, self._draw(network), figures, network if timed else None)
 
     def _calibration(self) -> dict[str, tuple[Tensor, Tensor]]:
         """Inputs from the whole trajectory, and as many from its first timestep."""
