@@ -479,9 +479,6 @@ plots.curves(lines, "steps", "largest error", "On a network that is never wrong"
 # it knows. Its DPM-Solver without ++ cannot end at clean data at all.
 
 # %% tags=["demo", "nbval-ignore-output"]
-from difflab.stable_diffusion import require_acceleration
-
-require_acceleration()
 from diffusers import DPMSolverMultistepScheduler
 
 solver, whole = DPMSolver(model, schedule), time_grid(schedule, 12, "time")
