@@ -21,9 +21,9 @@ test-fast: $(VENV)/installed  ## the loop for daily work, without notebooks and 
 	$(BIN)/ruff check . && $(BIN)/python -m pytest -q -n 2 --dist loadgroup -m "not slow" tests
 
 soak: $(VENV)/installed  ## the solution regraded 200 times, mutants and alternatives with other seeds, long fuzzing
-	DIFFLAB_TEST_REPEATS=200 $(BIN)/python -m pytest -q -n 2 tests/lab* -k again_and_again
+	DIFFLAB_TEST_REPEATS=200 $(BIN)/python -m pytest -q -n 2 tests/test_accuracy.py -k again_and_again
 	DIFFLAB_FUZZ_EXAMPLES=5000 $(BIN)/python -m pytest -q -n 2 tests/attacks/test_fuzz.py
-	for seed in 1000 2000 3000; do DIFFLAB_TEST_SEED=$$seed $(BIN)/python -m pytest -q -n 2 tests/lab* || exit 1; done
+	for seed in 1000 2000 3000; do DIFFLAB_TEST_SEED=$$seed $(BIN)/python -m pytest -q -n 2 tests/test_accuracy.py || exit 1; done
 
 SAMPLE = $(BIN)/difflab sample --from solutions/lab04_training/lab04_training.ipynb --checkpoint mnist-t300 --num-samples 64 --force
 notebooks: $(VENV)/installed  ## build and execute every notebook, and the rubric, from solutions/*.py

@@ -479,6 +479,9 @@ plots.curves(lines, "steps", "largest error", "On a network that is never wrong"
 # it knows. Its DPM-Solver without ++ cannot end at clean data at all.
 
 # %% tags=["demo", "nbval-ignore-output"]
+from difflab.stable_diffusion import require_acceleration
+
+require_acceleration()
 from diffusers import DPMSolverMultistepScheduler
 
 solver, whole = DPMSolver(model, schedule), time_grid(schedule, 12, "time")
@@ -500,7 +503,7 @@ for order, method in ((1, "dpm1"), (2, "dpm++2m")):
 
 # %% tags=["demo"]
 torch.manual_seed(0)
-drawn = {}
+solver, drawn = DPMSolver(model, schedule), {}
 for method, eta in (("dpm1", 0.0), ("dpm2", 0.0), ("dpm++2m", 0.0), ("dpm++2m", 1.0)):
     for calls in (5, 11):
         steps = (calls + 1) // 2 if method == "dpm2" else calls
@@ -615,7 +618,7 @@ def adjacent_changes(features: list[Tensor]) -> dict[str, list[float]]:
 # %% check="adjacent_changes"
 check("adjacent_changes")
 
-# %% tags=["demo"]
+# %% tags=["demo", "nbval-ignore-output"]
 path = time_grid(schedule, 50, "time")
 with progress(model, 50):
     features, states = features_on_the_way(x_T, path)
@@ -720,7 +723,7 @@ def reuse_error(model, states: list[Tensor], times: list[float]) -> list[float]:
 # %% check="reuse_error"
 check("reuse_error")
 
-# %% tags=["demo"]
+# %% tags=["demo", "nbval-ignore-output"]
 lines = {}
 for first in (0, 10, 20, 30, 40):
     errors = reuse_error(model, states[first : first + 10], path[first : first + 10])
@@ -1152,7 +1155,7 @@ for row in (
 # One noise, one solver, fewer and fewer key steps. First texture goes. Then a digit becomes *another* digit: the path was
 # decided by what the encoder saw, and it did not look. The report that this lab follows calls it semantic drift.
 
-# %% tags=["demo"]
+# %% tags=["demo", "nbval-ignore-output"]
 grid, drawn = time_grid(schedule, 20, "quadratic"), {}
 for name, keys in (
     ("all 20 key", list(range(20))), ("paper's, 7 key", key_schedule(20, "paper")), ("7 key", key_schedule(20, "uniform", 7)),
@@ -1163,7 +1166,7 @@ for name, keys in (
     print(f"{name:15} root mean square distance from the plain run {distance:.3f}")
 plots.show_images(drawn)
 
-# %% tags=["demo"]
+# %% tags=["demo", "nbval-ignore-output"]
 whole_times, drawn = time_grid(schedule, 50, "time"), {}
 reference = DPMSolver(model, schedule).sample(x_T, whole_times, "dpm1")
 print("DDIM with 50 steps and 9 key steps; distance from the plain run")
@@ -1180,7 +1183,7 @@ plots.show_images(drawn)
 # > 24–41 %". Compute the savings yourself. Then look at the three *plain* rows: what does one network call cost in each?
 
 
-# %% tags=["demo"]
+# %% tags=["demo", "nbval-ignore-output"]
 report_seconds = {
     "DDIM": (50, 1.5189, 1.1081),
     "DPM-Solver": (20, 2.1566, 0.6856),
@@ -1821,7 +1824,7 @@ def clip_score(images: Tensor, prompts: list[str], clip, *, batch_size: int = 16
 # %% check="clip_score"
 check("clip_score")
 
-# %% tags=["demo"]
+# %% tags=["demo", "nbval-ignore-output"]
 require_acceleration()
 try:
     clip, clip_is_real = Clip("openai/clip-vit-base-patch16"), True

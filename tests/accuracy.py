@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ast
+import importlib
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,16 +18,20 @@ from autograder.report import CheckResult
 
 __all__ = [
     "EMPTY",
+    "LABS",
     "REPEATS",
     "SEED",
+    "Lab",
     "Mutant",
-    "alternatives",
     "answer_all",
     "checks_at_stake",
+    "exercises",
     "failed",
     "mutate",
     "with_alternative",
 ]
+
+COURSE = Path(__file__).resolve().parents[1]
 
 SEED = int(os.environ.get("DIFFLAB_TEST_SEED", "0"))  # `make soak` tries others
 REPEATS = int(os.environ.get("DIFFLAB_TEST_REPEATS", "5"))
@@ -53,12 +59,30 @@ class Mutant(NamedTuple):
     fails: dict[str, str]
 
 
-def checks_at_stake(mutant: Mutant, lab: str) -> list[str] | None:
-    """The checks that a mutant must lose and their neighbours, which are likeliest to be built on the same exercise.
+class Lab(NamedTuple):
+    """A lab, and what its folder `tests/labNN` holds it to."""
 
-    For labs whose checks take seconds; None, for all checks of the lab, in `make soak`.
+    name: str  # for example lab05_sampling
+    mutants: list[Mutant]
+    alternatives: list[Path]  # independent solutions
+
+    @classmethod
+    def of(cls, folder: Path) -> Lab:
+        """The lab of a folder `tests/labNN`."""
+        (script,) = (COURSE / "solutions").glob(f"{folder.name}_*.py")
+        mutants = importlib.import_module(f"tests.{folder.name}.mutants").MUTANTS
+        return cls(script.stem, mutants, sorted((folder / "alternatives").glob("*.py")))
+
+
+LABS = [Lab.of(path.parent) for path in sorted(COURSE.glob("tests/lab*/mutants.py"))]
+SLOW = {"lab07_lightweight", "lab08_encoder_propagation"}  # all checks of a lab take seconds
+
+
+def checks_at_stake(mutant: Mutant, lab: str) -> list[str] | None:
+    """The checks that tell whether a mutant loses what it must: all (None), but of a slow lab outside `make soak` only
+    those it must lose and their neighbours, which are likeliest to be built on the same exercise.
     """
-    if SEED:
+    if SEED or lab not in SLOW:
         return None
     names = list(checks_of(lab))
     lost = [names.index(name) for name in mutant.fails]
@@ -78,11 +102,6 @@ def mutate(notebook: NotebookNode, mutant: Mutant) -> NotebookNode:
     return notebook
 
 
-def alternatives(test_file: str) -> list[Path]:
-    """The independent solutions beside a lab's test."""
-    return sorted((Path(test_file).parent / "alternatives").glob("*.py"))
-
-
 def with_alternative(student: NotebookNode, path: Path) -> NotebookNode:
     """The emptied notebook with another solution pasted below."""
     student.cells = [c for c in student.cells if not c.metadata.get("nbgrader", {}).get("solution")]
@@ -91,12 +110,33 @@ def with_alternative(student: NotebookNode, path: Path) -> NotebookNode:
     return student
 
 
-def answer_all(
-    student: NotebookNode, answer: str, methods: Mapping[str, Iterable[str]], functions: Iterable[str]
-) -> NotebookNode:
-    """The notebook in which every method and function gives one of the `EMPTY` answers."""
-    code = "\n".join(f"for _m in {list(names)}: setattr({cls}, _m, ANSWER)" for cls, names in methods.items())
-    code += f"\nfor _f in {list(functions)}: globals()[_f] = lambda *args, **kwargs: ANSWER(None, *args, **kwargs)"
-    source = f"from tests.accuracy import EMPTY\nANSWER = EMPTY[{answer!r}]\n{code}"
-    student.cells.append(nbformat.v4.new_code_cell(source))
+def exercises(notebook: NotebookNode) -> tuple[list[str], dict[str, list[str]]]:
+    """What students write: names of functions, and of methods by class."""
+    functions: list[str] = []
+    methods: dict[str, list[str]] = {}
+    for cell in notebook.cells:
+        if cell.cell_type != "code" or not cell.metadata.get("nbgrader", {}).get("solution"):
+            continue
+        for node in ast.parse(cell.source).body:
+            match node:
+                case ast.FunctionDef(decorator_list=[ast.Call(ast.Name("add_to_class"), [ast.Name(owner)]), *_]):
+                    methods.setdefault(owner, []).append(node.name)
+                case ast.FunctionDef():
+                    functions.append(node.name)
+                case ast.ClassDef():
+                    inside = [item.name for item in node.body if isinstance(item, ast.FunctionDef)]
+                    methods.setdefault(node.name, []).extend(inside)
+    return functions, methods
+
+
+def answer_all(student: NotebookNode, answer: str) -> NotebookNode:
+    """The notebook in which everything that students write gives one of the `EMPTY` answers."""
+    functions, methods = exercises(student)
+    code = ["from tests.accuracy import EMPTY", f"ANSWER = EMPTY[{answer!r}]"]
+    for owner, names in methods.items():
+        code.append(f"for _name in {names}: setattr({owner}, _name, ANSWER)")
+        if "__init__" in names:
+            code.append(f"{owner}.__init__ = lambda self, *args, **kwargs: None")
+    code.append(f"for _name in {functions}: globals()[_name] = lambda *args, **kwargs: ANSWER(None, *args, **kwargs)")
+    student.cells.append(nbformat.v4.new_code_cell("\n".join(code)))
     return student

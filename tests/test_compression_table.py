@@ -24,12 +24,13 @@ def measure(namespace, tmp_path, monkeypatch):
     monkeypatch.setattr(module, "quality", lambda x: Quality(len(x), x.mean().item(), 0.5, 0.5, [0.1] * 10, 0.0))
     monkeypatch.setattr(module, "NUM_STEPS", 2)
     monkeypatch.setattr(module, "TIMED", 2)
+    monkeypatch.setattr(module, "TRAJECTORIES", 2)
     torch.manual_seed(0)
-    model = UNet((32, 64), 16).eval().requires_grad_(False)
+    model = UNet((16, 32), 16).eval().requires_grad_(False)
     for parameter in model.parameters():  # the last layers start at zero, and would make all rows alike
         parameter.add_(0.05 * torch.randn_like(parameter))
-    images = torch.rand(64, 1, 28, 28) * 2 - 1
-    schedule = NoiseSchedule.scaled_linear(100)
+    images = torch.rand(8, 1, 28, 28) * 2 - 1
+    schedule = NoiseSchedule.scaled_linear(24)
     reports: list[str] = []
     measurement = Measurement(namespace, model, schedule, images, images, tmp_path / "work", 3, 0, 2, 2, reports.append)
     return lambda part: (measurement.measure(part), reports)

@@ -102,7 +102,7 @@ def test_the_page_on_writing_a_lab_is_true(course, tmp_path):
     for name, text in [*written, *((name, "") for name in re.findall(r"`([\w/]+\.py)` is empty", page))]:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(text, encoding="utf-8")
-    assert len(written) == 5
+    assert len(written) == 4
     (commands,) = re.findall(r"```sh\n(.*?)```", page, re.DOTALL)
     environment = os.environ | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{tmp_path / 'labs'}", "OMP_NUM_THREADS": "1"}
     said = []
@@ -115,7 +115,7 @@ def test_the_page_on_writing_a_lab_is_true(course, tmp_path):
         assert run.returncode == 0, f"{command}\n{run.stdout[-2000:]}{run.stderr[-2000:]}"
         said.append(run.stdout)
     _, tests, untouched, solved = said
-    assert "5 passed" in tests
+    assert "14 passed" in tests
     assert "0 of 90 automatic points; 10 more" in untouched and "90 of 90 automatic points; 10 more" in solved
     rubric = (tmp_path / "grading_rubric.md").read_text(encoding="utf-8")
     assert "| Schedules | `signal_to_noise` | 90 | `signal_to_noise` is ᾱ_t / (1 − ᾱ_t). |" in rubric

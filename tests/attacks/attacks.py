@@ -12,12 +12,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from textwrap import dedent
 
+import nbformat
 from nbformat import NotebookNode, v4
 
-from tests.lab05.test_accuracy import FUNCTIONS, METHODS
+from tests.accuracy import COURSE, exercises
 
 __all__ = ["ATTACKS", "Attack"]
 
+_LAB = COURSE / "labs" / "lab05_sampling" / "lab05_sampling.ipynb"
+FUNCTIONS, METHODS = exercises(nbformat.read(_LAB, as_version=4))
 ALL, BWRAP, OTHER_USER = ("bwrap", "uid", "none"), ("bwrap",), ("bwrap", "uid")
 
 

@@ -126,6 +126,6 @@ MUTANTS = [
     Mutant("one timestep", "finetune", "torch.randint(schedule.num_timesteps, (batch_size,))",
            "torch.randint(schedule.num_timesteps, (1,)).expand(batch_size)", {"finetune": "same timestep"}),
     Mutant("teacher asked, noise learned", "finetune", "F.mse_loss(model(x_t, t), target)",
-           "F.mse_loss(model(x_t, t), noise)", {"finetune": "near its teacher"}),
+           "F.mse_loss(model(x_t, t), noise + 0 * target)", {"finetune": "near its teacher"}),
     Mutant("the loss climbed", "finetune", "loss.backward()", "(-loss).backward()", {"finetune": "loss down"}),
 ]  # fmt: skip

@@ -189,7 +189,7 @@ PROPAGATION = [
     Mutant("ahead at the key time", "propagated_prediction", "self.times[call:end]", "[self.times[call]] * count",
            {"propagation_batched": "the time of the key step", "faster_sample": "batched and serial"}),
     Mutant("batched not asked for", "propagated_prediction", "if self.batched:\n            end", "if False:\n            end",
-           {"propagation_batched": "raised", "propagation_fresh": "raised", "faster_sample": "raised"}),
+           {"propagation_batched": "decoded ahead", "propagation_fresh": "raised", "faster_sample": "raised"}),
     Mutant("features outlive the run", "propagated_prediction", "        self.features = self.model.encode(x, t)\n",
            "        if not hasattr(self, 'cache'):\n            self.cache = {}\n        if call not in self.cache:\n"
            "            self.cache[call] = self.model.encode(x, t)\n        self.features = self.cache[call]\n",
