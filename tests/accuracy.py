@@ -21,6 +21,7 @@ __all__ = [
     "LABS",
     "REPEATS",
     "SEED",
+    "SLOW",
     "Lab",
     "Mutant",
     "answer_all",

@@ -13,6 +13,7 @@ from tests.accuracy import (
     LABS,
     REPEATS,
     SEED,
+    SLOW,
     answer_all,
     checks_at_stake,
     failed,
@@ -20,7 +21,14 @@ from tests.accuracy import (
     with_alternative,
 )
 
-every_lab = pytest.mark.parametrize("lab", [lab.name for lab in LABS])
+
+def _case(lab, *values, name=""):
+    """A test's arguments; `make test-fast` leaves out the labs whose checks take seconds."""
+    marks = [pytest.mark.slow] if lab in SLOW else []
+    return pytest.param(lab, *values, id="-".join(filter(None, (lab, name))).replace(" ", "-"), marks=marks)
+
+
+every_lab = pytest.mark.parametrize("lab", [_case(lab.name) for lab in LABS])
 
 
 @every_lab
@@ -32,11 +40,7 @@ def test_there_are_mutants_and_alternatives(lab):
 
 @pytest.mark.parametrize(
     ("lab", "mutant"),
-    [
-        pytest.param(lab.name, mutant, id=f"{lab.name}-{mutant.name.replace(' ', '-')}")
-        for lab in LABS
-        for mutant in lab.mutants
-    ],
+    [_case(lab.name, mutant, name=mutant.name) for lab in LABS for mutant in lab.mutants],
 )
 def test_mutant_loses_exactly_what_it_breaks(lab, mutant, solution, check_here):
     at_stake = checks_at_stake(mutant, lab)
@@ -48,7 +52,7 @@ def test_mutant_loses_exactly_what_it_breaks(lab, mutant, solution, check_here):
 
 @pytest.mark.parametrize(
     ("lab", "path"),
-    [pytest.param(lab.name, path, id=f"{lab.name}-{path.stem}") for lab in LABS for path in lab.alternatives],
+    [_case(lab.name, path, name=path.stem) for lab in LABS for path in lab.alternatives],
 )
 def test_alternative_takes_every_point(lab, path, student, check_here):
     """Does a correct program in another style, pasted below the emptied notebook, take full marks?"""

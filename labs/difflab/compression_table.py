@@ -32,7 +32,7 @@ NUM_STEPS = 50  # of DDIM, with which every compressed network draws
 TIMED = 16  # digits behind a row's seconds
 TRAJECTORIES = 16  # behind a calibration, 20 inputs of each
 BEFORE = 128  # digits behind a Fréchet distance before fine-tuning: it is in the thousands, or far beyond
-LONGER = 10  # times the fine-tuning of the others, for the row that shows what training still buys
+LONGER = 20  # times the fine-tuning of the others, for the row that shows what training still buys
 
 TITLES = {  # figure -> (heading, format)
     "network_calls": ("network calls", "d"),

@@ -130,7 +130,7 @@ MUTANTS = [
            {"model_bytes": "scales of the inputs"}),
     Mutant("activation bits counted", "model_bytes", "layer.weight_bits", "layer.activation_bits",
            {"model_bytes": "activation_bits in place"}),
-    Mutant("rounded down", "model_bytes", "math.ceil(weight.numel() * layer.weight_bits / 8)",
+    Mutant("bytes rounded down", "model_bytes", "math.ceil(weight.numel() * layer.weight_bits / 8)",
            "weight.numel() * layer.weight_bits // 8", {"model_bytes": "rounded down"}),
     Mutant("bits for bytes", "model_bytes", "layer.weight_bits / 8", "layer.weight_bits", {"model_bytes": "bits in place"}),
     Mutant("gradients not wanted", "finetune_quantized", "quantized.requires_grad_(True)", "pass",
