@@ -2124,8 +2124,8 @@ print(f"speed-up {timings[0].median / timings[1].median:.2f} ×, where the MACs 
 # %% [markdown] given="pruning_table_text"
 # ### 3.9 Results: pruning
 # Measured once on `mnist-small` by `difflab compression-table` with the solution of this lab, DDIM with 50 steps from
-# one $x_T$. *Before* is straight after pruning, *after* is with fine-tuning, the same number of steps for all, with
-# the whole network as teacher.
+# one $x_T$. *Before* is straight after pruning; the others are after fine-tuning with the whole network as teacher, as
+# many steps for each except in the row that says otherwise.
 
 # %% tags=["demo"]
 print(table["pruning"])
